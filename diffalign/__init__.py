@@ -1,0 +1,3 @@
+"""diffalign: align text-to-image diffusion models with what people prefer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Pure maths: noise processes, samplers, keyed randomness. Tensors in, tensors out; no models, no files."""
