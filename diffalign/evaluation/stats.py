@@ -183,7 +183,7 @@ def _per_group(values: Floats, groups: Sequence[Hashable] | None) -> tuple[Float
         raise UserError(f"{len(groups)} groups for {len(values)} scores")
     order: dict[Hashable, int] = {}
     index = [order.setdefault(group, len(order)) for group in groups]
-    return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
 def _bootstrap_interval(sums: Floats, sizes: Floats, confidence: float, draws: int, seed: int) -> tuple[float, float]:
