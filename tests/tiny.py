@@ -21,9 +21,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = (
-    "a and of on left right background circle square triangle diamond cross red green blue yellow purple cyan "
-    "white gray black brown small large"
-).split()
+    *("a", "and", "of", "on", "left", "right", "background", "small", "large"),
+    *("circle", "square", "triangle", "diamond", "cross", "white", "gray", "black", "brown"),
+    *("red", "green", "blue", "yellow", "purple", "cyan"),
+)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
