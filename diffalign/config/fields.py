@@ -87,7 +87,9 @@ def convert_fields(cls: type, data: Mapping[str, Any], source: str, prefix: str 
     for key, value in data.items():
         if key not in known:
             hint = did_you_mean(str(key), known)
-            raise UserError(f"{source}: unknown key '{prefix}{key}'.{hint or ' Known keys: ' + ', '.join(known) + '.'}")
+            raise UserError(
+                f"{source}: unknown key '{prefix}{key}'.{hint or ' Known keys: ' + ', '.join(known) + '.'}"
+            )
         declared, hint_type = known[key]
         nested = nested_dataclass(hint_type)
         if nested is not None and isinstance(value, Mapping):
@@ -242,7 +244,8 @@ def _convert_sequence(value: Any, hint: Any, container: type, args: tuple[Any, .
     else:
         kinds = [args[0] if args else Any] * len(items)
     return container(
-        convert(item, kind, f"{where}[{i}]", text=text) for i, (item, kind) in enumerate(zip(items, kinds, strict=True))
+        convert(item, kind, f"{where}[{i}]", text=text)
+        for i, (item, kind) in enumerate(zip(items, kinds, strict=True))
     )
 
 

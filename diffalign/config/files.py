@@ -78,7 +78,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Give --config the path of a YAML file or the name of a recipe.") from None
+        raise UserError(
+            f"{path}: no such file. Give --config the path of a YAML file or the name of a recipe."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
