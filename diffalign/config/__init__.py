@@ -19,7 +19,17 @@ Keys and flags have the names of the fields. A key that no field has is an error
 """
 
 from diffalign.config.fields import field, from_dict, to_dict
-from diffalign.config.files import load_yaml, parse_yaml, save_yaml
-from diffalign.config.flags import parse_args
+from diffalign.config.files import load_yaml, parse_yaml, save_yaml, write_text
+from diffalign.config.flags import Parser, parse_args
 
-__all__ = ["field", "from_dict", "load_yaml", "parse_args", "parse_yaml", "save_yaml", "to_dict"]
+__all__ = [
+    "Parser",
+    "field",
+    "from_dict",
+    "load_yaml",
+    "parse_args",
+    "parse_yaml",
+    "save_yaml",
+    "to_dict",
+    "write_text",
+]

@@ -94,16 +94,21 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def save_yaml(config: Any, path: str | Path) -> Path:
-    """Write a config dataclass, or a mapping of plain values, as YAML; the file is complete or absent."""
-    path = Path(path)
+    """Write a config dataclass, or a mapping of plain values, as YAML; the file is complete or as it was."""
     data = config if isinstance(config, dict) else to_dict(config)
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return write_text(path, yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file aside and move it into place, so that it is complete or as it was; return its path."""
+    path = Path(path)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner may read.
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
     except BaseException:

@@ -30,7 +30,9 @@ _SOURCE = "command line"
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
 
@@ -54,7 +56,7 @@ def parse_args(
     Raises:
         UserError: an unknown flag or key, a wrong value, a required field without one.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description if description is not None else _first_paragraph(cls),
         allow_abbrev=False,

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffalign import cli, recipes
+from diffalign.app.recipes import copy_recipe
+from diffalign.config import from_dict, load_yaml
+from diffalign.errors import UserError
+from diffalign.trainers import METHODS, load_method
+
+
+def method_of(name: str) -> str:
+    """Recipes are named model-method-machine."""
+    return next(method for method in METHODS if method in name.split("-"))
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_fits_its_method(name: str) -> None:
+    config_class, _ = load_method(method_of(name))
+    given = {"output_dir": "out", "dataset_name": "pairs"}
+    config = from_dict(config_class, {**given, **load_yaml(recipes.find(name))}, name)
+    assert config.pretrained_model_name_or_path
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_says_what_it_is_for(name: str) -> None:
+    assert 20 < len(recipes.summary(name)) < 120
+
+
+def test_the_promised_recipes_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("sdxl-dpo-1x24gb", "sdxl-dpo-1x80gb", "shapes-dpo"):
+        assert name in recipes.names()
+        assert f"{name} " in shown and recipes.summary(name) in shown
+
+
+def test_show_prints_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "show", "shapes-dpo"]) == 0
+    assert capsys.readouterr().out == recipes.find("shapes-dpo").read_text()
+
+
+def test_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "copy", "shapes-dpo", str(tmp_path)]) == 0
+    mine = tmp_path / "shapes-dpo.yaml"
+    assert capsys.readouterr().out == f"{mine}\n"
+    mine.write_text("rank: 1\n")
+    assert cli.main(["recipes", "copy", "shapes-dpo", str(mine)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert mine.read_text() == "rank: 1\n"
+    assert cli.main(["recipes", "copy", "shapes-dpo", str(mine), "--force"]) == 0
+    assert mine.read_bytes() == recipes.find("shapes-dpo").read_bytes()
+
+
+def test_copy_to_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        copy_recipe("shapes-dpo", tmp_path / "no" / "x.yaml")
+
+
+def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipes.resolve("shapes-dpo") == str(recipes.find("shapes-dpo"))
+    assert recipes.resolve("mine.yaml") == "mine.yaml"
+    (tmp_path / "shapes-dpo").write_text("seed: 1\n")
+    assert recipes.resolve("shapes-dpo") == "shapes-dpo"
+    with pytest.raises(UserError, match="Did you mean 'sdxl-dpo-1x24gb'"):
+        recipes.resolve("sdxl-dpo-1x24g")
