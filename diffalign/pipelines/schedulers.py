@@ -1,0 +1,47 @@
+"""Schedulers for sampling: the checkpoint's own, or another one by name on the checkpoint's noise schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from diffalign.errors import UserError, did_you_mean
+
+NAMES = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+}
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+    """Build a scheduler from a checkpoint's ``scheduler_config.json``.
+
+    Args:
+        name: a short name of :data:`NAMES`, or the name of a diffusers scheduler class.
+        config: the checkpoint's scheduler config; betas, prediction type and time spacing come from it.
+
+    Raises:
+        UserError: diffusers has no such scheduler.
+    """
+    kind = getattr(diffusers, NAMES.get(name, name), None)
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise UserError(
+            f"scheduler {name!r} is unknown. Use one of {', '.join(NAMES)}, or the name of a diffusers scheduler class."
+            + did_you_mean(name, NAMES)
+        )
+    # Latents are not confined to [-1, 1]; some schedulers clip to it unless they are told not to.
+    clips = "clip_sample" in inspect.signature(kind.__init__).parameters and "clip_sample" not in config
+    return kind.from_config(dict(config), **({"clip_sample": False} if clips else {}))

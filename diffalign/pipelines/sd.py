@@ -1,0 +1,60 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder; epsilon or v prediction, as the checkpoint says.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from diffalign.pipelines.base import Family
+from diffalign.pipelines.kohya import KohyaNames
+from diffalign.pipelines.prompts import tokenize, warn_truncated
+
+
+class StableDiffusion(Family):
+    """Text is {"prompt_embeds": (B, L, D)}: the last hidden states, after the final layer norm."""
+
+    name = "sd"
+    pipeline_class = StableDiffusionPipeline
+    encoder_classes: ClassVar = {"text_encoder": CLIPTextModel}
+    unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    kohya = KohyaNames(ldm_unet=False, text={"text_encoder": "lora_te"})
+
+    def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
+        tokenizer, encoder = self.tokenizers["text_encoder"], self.text_encoders["text_encoder"]
+        ids, cut = tokenize(tokenizer, prompts)
+        if warn:
+            warn_truncated(prompts, cut, tokenizer.model_max_length)
+        mask = None
+        if getattr(encoder.config, "use_attention_mask", None):
+            mask = (ids != tokenizer.pad_token_id).long().to(self.device)
+        with torch.set_grad_enabled(grad):
+            hidden = encoder(ids.to(self.device), attention_mask=mask).last_hidden_state
+        return {"prompt_embeds": hidden.to(self.dtype)}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Mapping[str, Tensor],
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        dtype = next(denoiser.parameters()).dtype
+        pred: Tensor = denoiser(
+            latents.to(dtype),
+            timesteps.to(latents.device),
+            encoder_hidden_states=text["prompt_embeds"].to(latents.device, dtype),
+            return_dict=False,
+        )[0]
+        return pred.float()
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {"requires_safety_checker": False}

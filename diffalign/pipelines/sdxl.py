@@ -1,0 +1,83 @@
+"""Stable Diffusion XL: two text encoders, and conditioning on the size and crop of each image.
+
+Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", arXiv 2307.01952;
+the micro-conditioning is its section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from diffalign.pipelines.base import Family
+from diffalign.pipelines.kohya import KohyaNames
+from diffalign.pipelines.prompts import tokenize, warn_truncated
+
+
+class StableDiffusionXL(Family):
+    """Text is {"prompt_embeds": (B, L, D1 + D2), "pooled_prompt_embeds": (B, P)}.
+
+    The embeddings are the penultimate hidden states of both encoders side by side; the pooled one is the projected
+    output of the second.
+
+    An empty prompt is *encoded*, as in SDXL's training. The pipeline does otherwise for its negative prompt: if that is
+    not given and the checkpoint has ``force_zeros_for_empty_prompt`` (SDXL base has), it puts zeros there. A model that
+    is to be sampled so may be trained on zeros in place of dropped prompts: ``torch.zeros_like`` of these tensors.
+    """
+
+    name = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
+    encoder_classes: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    unused_parts = ("feature_extractor", "image_encoder")
+    kohya = KohyaNames(ldm_unet=True, text={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"})
+
+    def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
+        hidden, cut, length = [], set(), 0
+        with torch.set_grad_enabled(grad):
+            for name, encoder in self.text_encoders.items():
+                tokenizer = self.tokenizers[name]
+                ids, too_long = tokenize(tokenizer, prompts)
+                cut.update(too_long)
+                length = tokenizer.model_max_length
+                output = encoder(ids.to(self.device), output_hidden_states=True)
+                hidden.append(output.hidden_states[-2])
+            pooled = output.text_embeds
+        if warn:
+            warn_truncated(prompts, sorted(cut), length)
+        return {
+            "prompt_embeds": torch.cat(hidden, dim=-1).to(self.dtype),
+            "pooled_prompt_embeds": pooled.to(self.dtype),
+        }
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Mapping[str, Tensor],
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        batch, _, height, width = latents.shape
+        if sizes is None:
+            height, width = height * self._vae_factor, width * self._vae_factor
+            sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(batch, 6)
+        if sizes.shape != (batch, 6):
+            raise ValueError(f"sizes must be ({batch}, 6), one row per image, but are {tuple(sizes.shape)}.")
+        dtype, device = next(denoiser.parameters()).dtype, latents.device
+        pred: Tensor = denoiser(
+            latents.to(dtype),
+            timesteps.to(device),
+            encoder_hidden_states=text["prompt_embeds"].to(device, dtype),
+            added_cond_kwargs={
+                "text_embeds": text["pooled_prompt_embeds"].to(device, dtype),
+                # float32: sizes above 256 are not exact in bfloat16, and the UNet embeds them in float32 anyway.
+                "time_ids": sizes.to(device, torch.float32),
+            },
+            return_dict=False,
+        )[0]
+        return pred.float()
