@@ -1,0 +1,1 @@
+"""Reward models: what scores an image, and how such models are trained."""
