@@ -59,6 +59,7 @@ def parse_args(
     parser = Parser(
         prog=prog,
         description=description if description is not None else _first_paragraph(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
