@@ -17,13 +17,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Family
     from diffalign.pipelines.detect import load_family
+    from diffalign.pipelines.lora import (
+        LoraSpec,
+        adapters_off,
+        add_lora,
+        load_lora_state,
+        lora_parameters,
+        save_lora,
+    )
 
 _EXPORTS = {
     "Family": "base",
+    "LoraSpec": "lora",
+    "adapters_off": "lora",
+    "add_lora": "lora",
     "load_family": "detect",
+    "load_lora_state": "lora",
+    "lora_parameters": "lora",
+    "save_lora": "lora",
 }
 
-__all__ = ["Family", "load_family"]
+__all__ = [
+    "Family",
+    "LoraSpec",
+    "adapters_off",
+    "add_lora",
+    "load_family",
+    "load_lora_state",
+    "lora_parameters",
+    "save_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

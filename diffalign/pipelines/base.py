@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -25,6 +26,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from diffalign.diffusion.noise import NoiseProcess, from_scheduler_config
 from diffalign.errors import UserError, did_you_mean
 from diffalign.pipelines import vae as vae_io
+from diffalign.pipelines.adapters import DENOISER_TARGETS, TEXT_TARGETS, LoraSpec, add_lora
 from diffalign.pipelines.files import fingerprint_files, load_config, load_part, locate
 from diffalign.pipelines.kohya import KohyaNames
 from diffalign.pipelines.prompts import tokenize
@@ -55,9 +57,8 @@ class Family(ABC):
     denoiser_class: ClassVar[type] = UNet2DConditionModel
     denoiser_part: ClassVar[str] = "unet"
     encoder_classes: ClassVar[Mapping[str, type[PreTrainedModel]]]
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    text_lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    kohya: ClassVar[KohyaNames]
+    lora_targets: ClassVar[tuple[str, ...]] = DENOISER_TARGETS
+    text_lora_targets: ClassVar[tuple[str, ...]] = TEXT_TARGETS
     unused_parts: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that are neither downloaded nor used (the safety checker)."""
 
@@ -231,6 +232,11 @@ class Family(ABC):
 
     # What a model does -----------------------------------------------------------------------------------------
 
+    @property
+    @abstractmethod
+    def kohya(self) -> KohyaNames:
+        """What this model is called in LoRA files of the kohya layout."""
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         """Encode prompts as the pipeline encodes its (positive) prompt.
@@ -265,6 +271,26 @@ class Family(ABC):
         Returns:
             (B, C, h, w), float32: epsilon, v or a velocity, as :attr:`noise_process` says.
         """
+
+    def add_lora(
+        self,
+        spec: LoraSpec,
+        *,
+        text_encoders: bool = False,
+        adapter_name: str = "default",
+        seed: int | None = None,
+    ) -> int:
+        """Add a LoRA to the denoiser and, if asked, to the text encoders (there always to their attention).
+
+        Returns:
+            The number of trainable parameters; see :func:`diffalign.pipelines.lora.add_lora`.
+        """
+        count = add_lora(self.denoiser, spec, adapter_name, targets=self.lora_targets, seed=seed)
+        if text_encoders:
+            for encoder in self.text_encoders.values():
+                text_spec = replace(spec, targets=self.text_lora_targets)
+                count += add_lora(encoder, text_spec, adapter_name, seed=seed)
+        return count
 
     def truncated(self, prompts: Sequence[str]) -> list[int]:
         """Indices of the prompts that are longer than an encoder can read."""

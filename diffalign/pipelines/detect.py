@@ -17,7 +17,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
 }
-"""Pipeline class of ``model_index.json`` to the family's ``module:class``. A new family is one file and one line here."""
+"""Pipeline class in ``model_index.json`` to a family's ``module:class``; a new family is a file and a line here."""
 
 
 def load_family(path: str, *, revision: str | None = None, **options: Any) -> Family:

@@ -36,10 +36,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     Raises:
         UserError: diffusers has no such scheduler.
     """
-    kind = getattr(diffusers, NAMES.get(name, name), None)
-    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, NAMES.get(name, name), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise UserError(
-            f"scheduler {name!r} is unknown. Use one of {', '.join(NAMES)}, or the name of a diffusers scheduler class."
+            f"scheduler {name!r} is unknown. Use one of {', '.join(NAMES)}, or a scheduler class of diffusers."
             + did_you_mean(name, NAMES)
         )
     # Latents are not confined to [-1, 1]; some schedulers clip to it unless they are told not to.

@@ -25,7 +25,19 @@ class StableDiffusion(Family):
     pipeline_class = StableDiffusionPipeline
     encoder_classes: ClassVar = {"text_encoder": CLIPTextModel}
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
-    kohya = KohyaNames(ldm_unet=False, text={"text_encoder": "lora_te"})
+
+    @property
+    def kohya(self) -> KohyaNames:
+        later = self._denoiser_config.get("cross_attention_dim") == 1024
+        v = self.noise_process.prediction_type == "v_prediction"
+        return KohyaNames(
+            base_version=("sd_v2" if later else "sd_v1") + ("_v" if v else ""),
+            architecture=("stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512")
+            if later
+            else "stable-diffusion-v1",
+            text={"text_encoder": "lora_te"},
+            original_unet=False,
+        )
 
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         tokenizer, encoder = self.tokenizers["text_encoder"], self.text_encoders["text_encoder"]

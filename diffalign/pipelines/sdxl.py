@@ -25,16 +25,24 @@ class StableDiffusionXL(Family):
     The embeddings are the penultimate hidden states of both encoders side by side; the pooled one is the projected
     output of the second.
 
-    An empty prompt is *encoded*, as in SDXL's training. The pipeline does otherwise for its negative prompt: if that is
-    not given and the checkpoint has ``force_zeros_for_empty_prompt`` (SDXL base has), it puts zeros there. A model that
-    is to be sampled so may be trained on zeros in place of dropped prompts: ``torch.zeros_like`` of these tensors.
+    An empty prompt is *encoded*, as in the diffusers training scripts. The pipeline does otherwise for its negative
+    prompt: if none is given and the checkpoint has ``force_zeros_for_empty_prompt`` (SDXL base has), it takes zeros.
+    For prompts dropped to that end, use ``torch.zeros_like`` of these tensors.
     """
 
     name = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
     encoder_classes: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     unused_parts = ("feature_extractor", "image_encoder")
-    kohya = KohyaNames(ldm_unet=True, text={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"})
+
+    @property
+    def kohya(self) -> KohyaNames:
+        return KohyaNames(
+            base_version="sdxl_base_v1-0",
+            architecture="stable-diffusion-xl-v1-base",
+            text={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+            original_unet=True,
+        )
 
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         hidden, cut, length = [], set(), 0

@@ -1,7 +1,7 @@
 """The image side of every latent-diffusion family: a KL autoencoder that does not give black images.
 
-SDXL's VAE overflows in float16. Its config says so (``force_upcast``), and diffusers upcasts it for each decode. Here the
-VAE is *loaded* in a dtype that is safe, once, and stays in it.
+SDXL's VAE overflows in float16. Its config says so (``force_upcast``), and diffusers upcasts it for each decode. Here
+the VAE is *loaded* in a dtype that is safe, once, and stays in it.
 """
 
 from __future__ import annotations
