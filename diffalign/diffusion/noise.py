@@ -158,7 +158,14 @@ def from_scheduler_config(config: Mapping[str, Any]) -> NoiseProcess:
     name = str(config.get("_class_name", "DDPMScheduler"))
     if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
         return FlowProcess(num_train_timesteps=int(config.get("num_train_timesteps", 1000)))
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    keys = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     if "beta_schedule" not in config:
         raise UserError(
             f"scheduler {name!r} has no beta_schedule, so its noise process is unknown. "

@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Write docs/results.md from the committed results: ``python benchmarks/render_results.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+PAGE = ROOT.parent / "docs" / "results.md"
+
+HEAD = """# Results
+
+Everything on this page is written by `python benchmarks/render_results.py` from the files in `benchmarks/results/`.
+"""
+
+
+def methods_table(records: list[dict[str, Any]]) -> str:
+    """The table of ``benchmarks/shapes_methods.py``."""
+    first = records[0]
+    lines = [
+        "## Methods on the shapes world",
+        "",
+        f"{first['images']} held-out prompts, one image each and model, same seeds for both ({first['sampling']}). "
+        "Win rate of the aligned model against the base, ties half, with its 95 % Wilson interval: by the checker "
+        "(facts of the caption that hold) and by the simulated annotators (who made the preference pairs).",
+        "",
+        "| method | seed | checker: base | aligned | win rate by checker | win rate by annotators | steps | "
+        "policy passes | training | a step | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        lines.append(
+            f"| {r['method']} | {r['seed']} | {r['base_checker_score']:.3f} | {r['checker_score']:.3f} | "
+            f"{interval(r['win_rate_checker'])} | {interval(r['win_rate_annotator'])} | {r['steps']} | "
+            f"{r['policy_forward_passes']:,} | {r['train_seconds']:.0f} s | {r['step_seconds']:.2f} s | "
+            f"{r['peak_memory_mib']:,} MiB |"
+        )
+    methods = " ".join(dict.fromkeys(r["method"] for r in records))
+    seeds = " ".join(str(s) for s in dict.fromkeys(r["seed"] for r in records))
+    lines += [
+        "",
+        "```",
+        f"python benchmarks/shapes_methods.py --methods {methods} --seeds {seeds} "
+        "--out benchmarks/results/shapes_methods.json",
+        "```",
+        "",
+        f"Machine: {first['machine']}. " + ", ".join(f"{k} {v}" for k, v in first["versions"].items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def interval(values: list[float]) -> str:
+    """rate [low, high]"""
+    rate, low, high = values
+    return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def step_time_table(result: dict[str, Any]) -> str:
+    """The table of ``benchmarks/step_time.py``."""
+    lines = [
+        "## The loop against a bare loop",
+        "",
+        "The same forward and backward passes and optimiser steps, with nothing around them, side by side in one run: "
+        "steps taken in turns, medians compared.",
+        "",
+        "| | a step |",
+        "|---|---|",
+        f"| bare loop | {result['bare_seconds']:.4f} s |",
+        f"| diffalign | {result['loop_seconds']:.4f} s |",
+        f"| ratio | {result['ratio']:.3f} |",
+        "",
+        f"```\n{result['command']}\n```",
+        "",
+        f"Machine: {result['machine']}. " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parts = [HEAD]
+    for name, table in (("shapes_methods", methods_table), ("step_time", step_time_table)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(table(json.loads(path.read_text())))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(parts))
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How the bundled models and data are made. Only ``scripts/build_shapes.py`` and its tests import this."""

@@ -1,0 +1,90 @@
+"""The README.md that a run leaves: what the weights are, how they were made, how to use them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from diffalign.config import to_dict
+from diffalign.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from diffalign.training.loop import Plan
+
+_LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+_USE = {
+    "lora": """from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained("{base}")
+pipe.load_lora_weights("{folder}")
+image = pipe({prompt!r}).images[0]""",
+    "full": """from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")
+pipe = AutoPipelineForText2Image.from_pretrained("{base}", unet=unet)
+image = pipe({prompt!r}).images[0]""",
+}
+
+
+def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan, output_dir: Path) -> Path:
+    """Write ``README.md`` with the front matter the hub reads; returns its path."""
+    prompts = config.validation_prompts or []
+    settings = to_dict(config)
+    dataset = settings.get("dataset_name")
+    use = _USE[config.train_mode].format(
+        base=config.pretrained_model_name_or_path,
+        folder=config.hub_model_id or output_dir.name,
+        prompt=prompts[0] if prompts else "a photo of a lighthouse at dusk",
+    )
+    sheets = sorted((output_dir / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
+    picture = f"\n![base beside trained](samples/{sheets[-1].name})\n" if sheets else ""
+    rows = "\n".join(f"| {name} | {version(name)} |" for name in _LIBRARIES)
+    text = f"""
+# {output_dir.name}
+
+{"A LoRA for" if config.train_mode == "lora" else "Fine-tuned weights of"} `{config.pretrained_model_name_or_path}`,
+trained with {method} on `{dataset}`: {plan.steps} steps of {plan.effective_batch} samples.
+{picture}
+## Use
+
+```python
+{use}
+```
+
+## Training
+
+`config.yaml` holds every setting, `metrics.jsonl` one row a step. The same run again:
+
+```
+diffalign train {method} --config config.yaml --output_dir NEW_FOLDER
+```
+
+| library | version |
+|---|---|
+| python | {platform.python_version()} |
+{rows}
+
+## Citation
+
+```bibtex
+{paper}
+```
+"""
+    tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", method]
+    data = ModelCardData(
+        base_model=config.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license="other",
+        tags=tags + (["lora"] if config.train_mode == "lora" else []),
+        datasets=[dataset] if dataset else None,
+        widget=[{"text": prompt} for prompt in prompts] or None,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    path = output_dir / "README.md"
+    card.save(path)
+    return path

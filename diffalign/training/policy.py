@@ -1,0 +1,211 @@
+"""The policy (what trains) and its reference (what it started from).
+
+With a LoRA both share the base weights: the reference is the same network with its adapters off. In full fine-tuning
+the reference is a frozen copy, made only for methods that need one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffalign.diffusion.random import key_seed
+from diffalign.errors import UserError
+from diffalign.pipelines.base import Family
+from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, lora_parameters, save_lora
+from diffalign.training.config import TrainingConfig
+
+WEIGHTS_FILE = "policy.safetensors"
+EMA_FILE = "ema.safetensors"
+
+
+class Policy:
+    """The networks that train.
+
+    Args:
+        family: the model; its denoiser (and text encoders) get the adapters.
+        config: what to train.
+        accelerator: prepares the networks for the device and processes.
+        needs_reference: keep a frozen copy in full fine-tuning.
+    """
+
+    def __init__(
+        self, family: Family, config: TrainingConfig, accelerator: Accelerator, needs_reference: bool
+    ) -> None:
+        self.family, self.config, self.accelerator = family, config, accelerator
+        self.spec = LoraSpec(
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=tuple(config.lora_targets) if config.lora_targets else None,
+        )
+        self._part = family.denoiser_part
+        self.modules: dict[str, nn.Module] = {self._part: family.denoiser}
+        self._frozen: nn.Module | None = None
+        if config.train_mode == "lora":
+            if config.train_text_encoder:
+                self.modules |= family.text_encoders
+            self._add_adapters()
+        else:
+            if needs_reference:
+                self._frozen = copy.deepcopy(family.denoiser).requires_grad_(False).to(accelerator.device)
+            family.denoiser.to(torch.float32).requires_grad_(True)
+        self._apply_options()
+        self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
+        self.ema: EMAModel | None = None
+        if config.use_ema:
+            self.ema = EMAModel(self.parameters.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+
+    def _add_adapters(self) -> None:
+        for name, module in self.modules.items():
+            own = name == self._part
+            add_lora(
+                module,
+                self.spec if own else replace(self.spec, targets=None),
+                targets=self.family.lora_targets if own else self.family.text_lora_targets,
+                # The initial weights must not depend on what was drawn from the global stream before.
+                seed=key_seed(self.config.seed, "lora", name),
+            )
+
+    def _apply_options(self) -> None:
+        for module in self.modules.values():
+            module.to(self.accelerator.device)
+            module.train()
+            if self.config.gradient_checkpointing:
+                name = "enable_gradient_checkpointing"
+                getattr(module, name, getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
+        denoiser = self.family.denoiser
+        if self.config.enable_xformers_memory_efficient_attention:
+            try:
+                denoiser.enable_xformers_memory_efficient_attention()
+            except (ImportError, ModuleNotFoundError, ValueError) as error:
+                raise UserError(
+                    f"xformers attention is not available ({error}). Install it with pip install 'diffalign[gpu]' on "
+                    "a CUDA machine, or leave enable_xformers_memory_efficient_attention off: SDPA is the default."
+                ) from error
+        if self.config.compile_repeated_blocks:
+            denoiser.compile_repeated_blocks()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser to call for the policy's prediction."""
+        return self.prepared[self._part]
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by name ("unet.<...>")."""
+        if self.config.train_mode == "full":
+            return {
+                f"{self._part}.{name}": p for name, p in self.modules[self._part].named_parameters() if p.requires_grad
+            }
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self.modules.items()
+            for name, parameter in lora_parameters(module).items()
+        }
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory of the frozen copy; 0 where the reference shares the base weights."""
+        return 0 if self._frozen is None else sum(p.numel() * p.element_size() for p in self._frozen.parameters())
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The reference denoiser, without gradients; text encoders are the reference's too inside.
+
+        The adapters are off inside and on again afterwards, whatever happens.
+        """
+        with torch.no_grad(), ExitStack() as stack:
+            if self.config.train_mode == "lora":
+                for module in self.modules.values():
+                    stack.enter_context(adapters_off(module))
+                yield self.modules[self._part]
+            elif self._frozen is not None:
+                yield self._frozen
+            else:
+                raise RuntimeError("this method asked for no reference, so none was kept")
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The base model's denoiser, for drawing. A full fine-tune that keeps no reference has it only at step 0."""
+        if self.config.train_mode == "full" and self._frozen is None:
+            yield self.modules[self._part]
+        else:
+            with self.reference() as denoiser:
+                yield denoiser
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The EMA's weights in place of the trained ones, where there is an EMA."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.parameters.values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def update_ema(self) -> None:
+        """Take the step just made into the average."""
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+            self.ema.step(self.parameters.values())
+
+    def save_state(self, folder: Path) -> dict[str, int]:
+        """Write the exact trained weights (and EMA) for resuming; return the counters that go with them."""
+        parameters = self.parameters
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS_FILE)
+        if self.ema is None:
+            return {}
+        shadow = zip(parameters, self.ema.shadow_params, strict=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in shadow}, folder / EMA_FILE)
+        return {"ema_steps": self.ema.optimization_step}
+
+    def load_state(self, folder: Path, counters: dict[str, int]) -> None:
+        """Read back what :meth:`save_state` wrote.
+
+        Raises:
+            UserError: the checkpoint trained other weights than this run would.
+        """
+        parameters = self.parameters
+        stored = load_file(folder / WEIGHTS_FILE)
+        if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise UserError(
+                f"{folder} holds other weights than this configuration trains ({len(stored)} tensors there, "
+                f"{len(parameters)} here). Resume with the same model, train_mode, rank and lora_targets."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+            if self.ema is not None:
+                if not (folder / EMA_FILE).is_file():
+                    raise UserError(f"{folder} has no EMA. Resume with use_ema off, or start a new run.")
+                shadow = load_file(folder / EMA_FILE)
+                for average, name in zip(self.ema.shadow_params, parameters, strict=True):
+                    average.copy_(shadow[name])
+                self.ema.optimization_step = counters["ema_steps"]
+
+    def export(self, folder: Path, comfyui: bool = False) -> list[Path]:
+        """Write what users load: the LoRA (in one or two layouts), or the whole denoiser as a folder."""
+        with self.ema_weights():
+            if self.config.train_mode == "full":
+                self.family.denoiser.save_pretrained(folder / self._part)
+                return [folder / self._part]
+            texts = self.config.train_text_encoder
+            written = [save_lora(self.family, folder, text_encoders=texts)]
+            if comfyui:
+                written.append(save_lora(self.family, folder, text_encoders=texts, layout="kohya"))
+            return written

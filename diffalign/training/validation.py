@@ -1,0 +1,86 @@
+"""Validation images: the policy's beside the base model's, same prompts, same seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from diffalign.evaluation.draw import is_flat, sample_images, warn_of_flat
+from diffalign.evaluation.page import make_grid
+from diffalign.training.config import TrainingConfig
+from diffalign.training.policy import Policy
+
+
+class Validation:
+    """Draws ``validation_prompts`` during training, spread over the processes, into ``samples/``.
+
+    The base model's images are drawn once, with the reference, and kept in ``samples/base``; each later sheet
+    ``samples/step-N.png`` shows them beside the policy's (its EMA's, where there is one).
+    """
+
+    def __init__(self, config: TrainingConfig, policy: Policy, accelerator: Accelerator, output_dir: Path) -> None:
+        self.config, self.policy, self.accelerator = config, policy, accelerator
+        self.folder = output_dir / "samples"
+        prompts = config.validation_prompts or []
+        seeds = range(config.seed, config.seed + config.num_validation_images)
+        self.cases = [(prompt, seed) for prompt in prompts for seed in seeds]
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether to draw after ``step`` steps of ``total``: at 0, at every interval, and at the end."""
+        return bool(self.cases) and (step % self.config.validation_steps == 0 or step == total)
+
+    def run(self, step: int) -> Path | None:
+        """Draw, and return the sheet's path (on the main process; None where there is nothing to draw)."""
+        if not self.cases:
+            return None
+        base = self.folder / "base"
+        if not all(self._file(base, index).exists() for index in range(len(self.cases))):
+            self.accelerator.wait_for_everyone()
+            with self.policy.base() as denoiser:
+                self._draw(base, denoiser)
+        with self.policy.ema_weights():
+            self._draw(self.folder / f"step-{step}", self.policy.family.denoiser)
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return None
+        return self._sheet(step)
+
+    def _draw(self, folder: Path, denoiser: nn.Module) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = range(self.accelerator.process_index, len(self.cases), self.accelerator.num_processes)
+        family = self.policy.family
+        kept = family.loaded
+        # A process without cases still takes part in nothing collective here, so it may skip the loading.
+        if mine:
+            pipe = family.pipeline()
+            pipe.register_modules(**{family.denoiser_part: denoiser})
+            with self.accelerator.autocast():
+                images = sample_images(
+                    pipe,
+                    [self.cases[i][0] for i in mine],
+                    [self.cases[i][1] for i in mine],
+                    num_inference_steps=self.config.validation_inference_steps,
+                    guidance_scale=self.config.validation_guidance_scale,
+                    batch_size=self.config.train_batch_size,
+                )
+            for index, image in zip(mine, images, strict=True):
+                image.save(self._file(folder, index))
+            warn_of_flat(sum(is_flat(image) for image in images), len(images))
+            del pipe
+            family.free(*(family.loaded - kept))
+        self.accelerator.wait_for_everyone()
+
+    def _sheet(self, step: int) -> Path:
+        columns = ["base", f"step {step}"]
+        folders = [self.folder / "base", self.folder / f"step-{step}"]
+        rows = [[Image.open(self._file(folder, i)) for folder in folders] for i in range(len(self.cases))]
+        labels = [f"{prompt} (seed {seed})" for prompt, seed in self.cases]
+        path = self.folder / f"step-{step}.png"
+        make_grid(rows, labels, columns).save(path)
+        return path
+
+    def _file(self, folder: Path, index: int) -> Path:
+        return folder / f"{index:04d}.png"
