@@ -139,7 +139,7 @@ def judge(session: Session, images: dict[tuple[str, int], bytes], seed: int) -> 
     rng = np.random.default_rng(key_seed(seed, "judge", session.caption))
     jpegs = [images[session.caption, image_seed] for image_seed in session.seeds]
     views = [View.of(Image.open(io.BytesIO(data))) for data in jpegs]
-    uids = [f"{image_uid(session.caption, image_seed)}" for image_seed in session.seeds]
+    uids = [image_uid(session.caption, image_seed) for image_seed in session.seeds]
     shown = [0, 1]
     rows = []
     for newest in range(1, len(jpegs)):
@@ -187,7 +187,10 @@ def describe_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
     views: dict[bytes, View] = {}
     agree, faithful, opposed = [], [], []
     for row in rows:
-        a, b = (views.setdefault(row[key], View.of(Image.open(io.BytesIO(row[key])))) for key in ("jpg_0", "jpg_1"))
+        for jpeg in (row["jpg_0"], row["jpg_1"]):
+            if jpeg not in views:
+                views[jpeg] = View.of(Image.open(io.BytesIO(jpeg)))
+        a, b = views[row["jpg_0"]], views[row["jpg_1"]]
         caption, spec = row["caption"], parse(row["caption"])
         faithful += [a.faithfulness(spec), b.faithfulness(spec)]
         if row["label_0"] != 0.5:
