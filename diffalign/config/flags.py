@@ -58,6 +58,7 @@ def parse_args(
     """
     parser = Parser(
         prog=prog,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
         description=description if description is not None else _first_paragraph(cls),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -136,7 +137,8 @@ def _help(declared: dataclasses.Field[Any], hint: Any) -> str:
     else:
         made = declared.default_factory
         default = declared.default if made is dataclasses.MISSING else made()
-        ending = f"(default: {_show(default)})"
+        # Where None stands for something, the help says for what.
+        ending = "" if default is None and "Default:" in text else f"(default: {_show(default)})"
     choices = declared.metadata.get("choices")
     if choices and not _literals(hint):
         text += f"; one of {', '.join(str(c) for c in choices)}"

@@ -32,7 +32,7 @@ class Config(Base):
     """What this run has."""
 
     learning_rate: float = field(1e-5, help="Step size, 100% of it.")
-    steps: int | None = field(None, help="Number of steps.")
+    steps: int | None = field(None, help="Number of steps. Default: one pass.")
     mixed_precision: Literal["no", "fp16", "bf16"] = field("no", help="Precision.")
     ema: bool = field(False, help="Average the weights.")
     prompts: list[str] = field([], help="Prompts.")
@@ -264,5 +264,7 @@ def test_help_tells_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -
     assert "What every run has: " in text and "What this run has: " in text
     assert "Folder that the run writes (required)" in text
     assert "Step size, 100% of it (default: 1e-05)" in text
+    assert "Number of steps. Default: one pass --" in text
     assert "{no,fp16,bf16}" in text
+    assert "usage: toy [--config FILE] [--FLAG VALUE ...]" in text
     assert "one of sigmoid, hinge" in text
