@@ -4,8 +4,8 @@
     python benchmarks/shapes_methods.py --methods dpo --seeds 0 1 2 --out benchmarks/results/shapes_methods.json
 
 Trains every method with its recipe ``shapes-<method>`` and every seed, in a process of its own, draws the held-out
-prompts with the base model and with the result, and adds one record to the file. A record that is there is kept and its
-run not repeated; ``--again`` repeats it. ``python benchmarks/render_results.py`` turns the file into docs/results.md.
+prompts with the base model and with the result, and adds one record to the file. A record that is there is kept and
+its run not repeated; ``--again`` repeats it. ``python benchmarks/render_results.py`` makes docs/results.md of it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from diffalign import recipes
 from diffalign.config.fields import (
+    allows_none,
     build,
     check_choices,
     convert,
@@ -195,7 +196,7 @@ def _read(given: Any, declared: dataclasses.Field[Any], hint: Any, where: str) -
     value: Any = given
     kinds = members(hint)
     if isinstance(given, list):
-        if len(given) == 1 and given[0].lower() in ("none", "null"):
+        if len(given) == 1 and given[0].lower() in ("none", "null") and allows_none(hint):
             value = given[0]
         elif any(_is_container(m, dict) for m in kinds):
             value = _mapping(given, where)

@@ -268,3 +268,13 @@ def test_help_tells_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -
     assert "{no,fp16,bf16}" in text
     assert "usage: toy [--config FILE] [--FLAG VALUE ...]" in text
     assert "one of sigmoid, hinge" in text
+
+
+def test_the_word_none_clears_an_optional_list_and_is_a_word_in_any_other() -> None:
+    @dataclass(kw_only=True)
+    class Lists:
+        report_to: list[str] = field(["auto"], help="Trackers.")
+        columns: list[str] | None = field(["a"], help="Columns.")
+
+    config = parse_args(Lists, ["--report_to", "none", "--columns", "none"])
+    assert config.report_to == ["none"] and config.columns is None

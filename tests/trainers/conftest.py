@@ -1,0 +1,50 @@
+"""Preference pairs for the methods' end-to-end tests."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def png(rng: np.random.Generator, size: tuple[int, int] = (24, 24)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pairs in a JSONL folder, one of them a tie. Read only."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(10):
+        for side in ("chosen", "rejected"):
+            (folder / f"{side}-{index}.png").write_bytes(png(rng))
+        label = 0.5 if index == 3 else 1.0
+        files = {side: f"{side}-{index}.png" for side in ("chosen", "rejected")}
+        lines.append({"prompt": f"toy {index}", **files, "label": label})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def write_pairs(tmp_path: Path) -> Callable[[list[dict[str, object]]], Path]:
+    """Writes a JSONL folder of rows that may use the pictures a.png and b.png."""
+
+    def write(rows: list[dict[str, object]]) -> Path:
+        folder = tmp_path / "own-pairs"
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for name in ("a.png", "b.png"):
+            (folder / name).write_bytes(png(rng))
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write

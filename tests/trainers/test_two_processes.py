@@ -1,0 +1,48 @@
+"""Two processes are one run: the same losses at the same effective batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def train(arguments: list[str], output_dir: Path, processes: int) -> list[dict[str, Any]]:
+    """Run ``diffalign train dpo`` and return its metrics."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command += ["-m", "diffalign", "train", "dpo", *arguments, "--output_dir", str(output_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_gloo_processes_give_the_losses_of_one(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> None:
+    def arguments(batch: int) -> list[str]:
+        settings: dict[str, Any] = {
+            "pretrained_model_name_or_path": tiny_sdxl_path,
+            "dataset_name": pairs_folder,
+            "cache_dir": tmp_path / f"cache-{batch}",
+            "resolution": 16,
+            "max_train_steps": 4,
+            "train_batch_size": batch,
+            "learning_rate": 1e-3,
+            "beta_dpo": 500,
+            "rank": 2,
+            "checkpointing_steps": 2,
+            "report_to": "none",
+        }
+        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+    one = train(arguments(4), tmp_path / "one", 1)
+    two = train(arguments(2), tmp_path / "two", 2)
+    assert len({row["loss"] for row in one}) > 2, "the losses must move, or the comparison shows nothing"
+    for name in ("loss", "grad_norm", "margin", "chosen_error"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), name
