@@ -26,6 +26,7 @@ MIN_SIDE = 8
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 ImageData = bytes | bytearray | str | Path | Image.Image | Mapping[str, Any]
 
@@ -86,7 +87,7 @@ class EncodedImage:
         if isinstance(self.data, Image.Image):
             # A palette is not part of the samples.
             image = self.data.convert("RGBA") if self.data.mode in ("P", "PA") else self.data
-            return f"{image.mode} {_oriented_size(image)} {_orientation(image)} ".encode() + image.tobytes()
+            return f"{image.mode} {image.size} {_orientation(image)} ".encode() + image.tobytes()
         if isinstance(self.data, bytes):
             content = self.data
         else:
@@ -119,7 +120,11 @@ class EncodedImage:
         image = self._open(content)
         if not isinstance(self.data, Image.Image) and not _is_complete(image.format, content):
             self.decode()
-        return Inspection(hashlib.blake2b(content, digest_size=16).hexdigest(), _oriented_size(image))
+        try:
+            size = _oriented_size(image, content)
+        except _UNREADABLE as error:
+            raise _unreadable(self.name, error) from error
+        return Inspection(hashlib.blake2b(content, digest_size=16).hexdigest(), size)
 
     def decode(self) -> Image.Image:
         """The picture as 8-bit RGB, see the module's text for the conversions. Raises BadImage."""
@@ -168,8 +173,11 @@ def _is_complete(image_format: str | None, content: bytes) -> bool:
     return False
 
 
-def _oriented_size(image: Image.Image) -> tuple[int, int]:
+def _oriented_size(image: Image.Image, content: bytes) -> tuple[int, int]:
     width, height = image.size
+    # Pillow decodes a whole PNG to look for EXIF behind the pixels.
+    if content.startswith(b"\x89PNG") and not any(marker in content for marker in _PNG_EXIF):
+        return height, width
     return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
 
 
