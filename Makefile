@@ -39,8 +39,8 @@ format: $(READY)  ## mend style and formatting
 wheel: $(READY)  ## build dist/*.whl
 	@rm -rf build dist && $(BIN)/python -m build --wheel --outdir dist .
 
-shapes: $(READY)  ## train the bundled models again and write their pairs (hours on a CPU, minutes on a GPU)
-	@$(BIN)/python scripts/build_shapes.py
+shapes: $(READY)  ## train the bundled models again and write their pairs (an hour on 2 cores)
+	@$(BIN)/python scripts/build_shapes.py --work runs/shapes --install
 
 # After trying newer versions: write what is installed now as what is tested.
 constraints:  ## write constraints.txt from what is installed in .venv

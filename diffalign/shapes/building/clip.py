@@ -30,7 +30,7 @@ from diffalign.shapes.tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 SCENES = 8192
-BATCH = 128
+BATCH = 96
 HARD_NEGATIVES = 4
 PROJECTION = 64
 CONTRASTIVE = Schedule(steps=1500, learning_rate=1e-3, ema_decay=0.998, weight_decay=1e-2)

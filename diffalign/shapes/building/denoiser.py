@@ -26,7 +26,7 @@ CAPTION_DROPOUT = 0.1
 SNR_GAMMA = 5.0
 GUIDANCE = 5.0
 STEPS = 25
-SCHEDULE = Schedule(steps=9000, learning_rate=2e-3, ema_decay=0.999, weight_decay=1e-3, warmup=200)
+SCHEDULE = Schedule(steps=4000, stop=3000, learning_rate=2e-3, ema_decay=0.998, weight_decay=1e-3, warmup=200)
 
 
 class Denoiser(nn.Module):
@@ -97,14 +97,16 @@ def sample(
 def train_denoiser(
     folder: Path, vae: AutoencoderKL, work: Path, seed: int, device: str, schedule: Schedule = SCHEDULE
 ) -> StableDiffusionXLPipeline:
-    """Train and save the whole SDXL pipeline folder (weights in float16) and return it, read back."""
+    """Train and save the whole SDXL pipeline folder (UNet and VAE in float16) and return it, read back."""
     if not (folder / "model_index.json").exists():
         torch.manual_seed(seed + 1)
         tokenizer = build_tokenizer(work / "tokenizer")
         denoiser = Denoiser(tokenizer).to(device)
         _train(denoiser, vae, tokenizer, work, seed, device, schedule)
-        build_pipeline(denoiser.half(), vae.half(), tokenizer).save_pretrained(folder)
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        # The text encoders stay in float32: transformers loads weights in the dtype of the file, diffusers in float32.
+        denoiser.unet.half()
+        build_pipeline(denoiser, vae.half(), tokenizer).save_pretrained(folder)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

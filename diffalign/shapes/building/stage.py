@@ -19,15 +19,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and pace of a stage. ``save_every`` and ``log_every`` are in steps."""
+    """Length and pace of a stage. ``save_every`` and ``log_every`` are in steps.
+
+    ``stop`` ends the stage early, at the pace of the whole: a model that is left imperfect on purpose.
+    """
 
     steps: int
     learning_rate: float
+    stop: int | None = None
     warmup: int = 100
     ema_decay: float = 0.999
     weight_decay: float = 1e-4
     log_every: int = 100
     save_every: int = 500
+
+    @property
+    def last(self) -> int:
+        """Steps that are really taken."""
+        return self.stop or self.steps
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then half a cosine down to a hundredth."""
@@ -63,7 +72,7 @@ def train_stage(
         ema.load_state_dict(state["ema"])
         ema.to(parameters[0].device)
         start = state["step"]
-        logger.info("%s: resumed at step %d of %d", name, start, schedule.steps)
+        logger.info("%s: resumed at step %d of %d", name, start, schedule.last)
 
     def save(step: int) -> None:
         state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
@@ -77,7 +86,7 @@ def train_stage(
 
     clock, running = time.monotonic(), []
     module.train()
-    for step in range(start, schedule.steps):
+    for step in range(start, schedule.last):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         loss = loss_of_step(step)
@@ -88,13 +97,13 @@ def train_stage(
         ema.step(parameters)
         running.append(loss.detach())
         done = step + 1
-        if done % schedule.log_every == 0 or done == schedule.steps:
+        if done % schedule.log_every == 0 or done == schedule.last:
             pace = (time.monotonic() - clock) / len(running)
             mean = torch.stack(running).mean().item()
-            left = pace * (schedule.steps - done) / 60
-            logger.info("%s %d/%d loss %.4f, %.3f s/step, %.0f min left", name, done, schedule.steps, mean, pace, left)
+            left = pace * (schedule.last - done) / 60
+            logger.info("%s %d/%d loss %.4f, %.3f s/step, %.0f min left", name, done, schedule.last, mean, pace, left)
             clock, running = time.monotonic(), []
-        if done % schedule.save_every == 0 or done == schedule.steps:
+        if done % schedule.save_every == 0 or done == schedule.last:
             save(done)
             clock = time.monotonic()
     ema.copy_to(parameters)
