@@ -111,7 +111,7 @@ def tiny_sd(folder: str | Path, prediction_type: str = "epsilon") -> Path:
 
 
 def tiny_sdxl(folder: str | Path) -> Path:
-    """Write a random SDXL pipeline: two text encoders of different width, ``text_time`` conditioning, fp32-only VAE."""
+    """Write a random SDXL pipeline: two text encoders of different width, ``text_time`` conditioning, float32 VAE."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer("!")

@@ -1,8 +1,8 @@
 """Randomness that is keyed, not streamed.
 
 Every random number belongs to a key such as ``(seed, "noise", step, sample_id)`` and is drawn on the CPU in float32.
-So a run is the same run in other micro-batches, on one process or four, on a CPU or a GPU up to arithmetic, and resumed
-anywhere.
+So a run is the same run in other micro-batches, on one process or four, on a CPU or a GPU up to arithmetic, and
+resumed anywhere.
 """
 
 from __future__ import annotations

@@ -1,293 +1,211 @@
-"""The comparison grid: rows are prompts, columns are models, scores under the images.
-
-Only Pillow is needed; the font is the one Pillow carries. Making the images is the work of ``compare.py``.
-"""
+"""``diffalign grid``: models side by side, same prompts and seeds, with scores and win rates."""
 
 from __future__ import annotations
 
-import bisect
-import functools
-import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from accelerate import PartialState
+from numpy.typing import NDArray
 
+from diffalign.config import field
 from diffalign.errors import UserError
+from diffalign.evaluation.folder import Case, SampleFolder, write_rows
+from diffalign.evaluation.models import ModelSpec, unique_names
+from diffalign.evaluation.page import make_grid
+from diffalign.evaluation.sampling import DrawConfig, Drawer, cases_of, slug
+from diffalign.evaluation.stats import WinRate, win_rate
+from diffalign.rewards import Reward, load_reward
 
-logger = logging.getLogger(__name__)
+__all__ = ["GridConfig", "GridResult", "make_grid", "run_grid"]
 
-PAPER, INK, MUTED, LINE = "#ffffff", "#1f2328", "#6e7781", "#d8dee4"
-BETTER, WORSE, FRAME = "#1a7f37", "#b35900", "#2da44e"
-SMALLEST_CELL, LARGEST_CELL = 160, 384
-_TIE = 1e-6
-_NOT_A_LETTER = "\ue123"
-_FALLBACKS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc")
-
-Scores = Sequence[Sequence[float | None]]
+_IN_MEMORY = 64
+Floats = NDArray[np.float64]
 
 
-def make_grid(
-    images: Sequence[Sequence[Image.Image | None]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    *,
-    scores: Scores | None = None,
-    column_notes: Sequence[str | None] | None = None,
-    title: str | None = None,
-    footer: str | None = None,
-    highlight: bool = True,
-    decimals: int = 2,
-    cell: int | None = None,
-    font: str | Path | None = None,
-) -> Image.Image:
-    """Draw a grid of images with labels.
+@dataclass(kw_only=True)
+class GridConfig(DrawConfig):
+    """Compare models side by side: rows are prompts, columns models, and every row has one seed."""
 
-    Args:
-        images: rows of images, one for each column; None leaves a place empty. Images keep their shape.
-        row_labels: one for each row (the prompt), wrapped to four lines beside the row.
-        column_labels: one for each column (the model), above it. The first column is the one compared with.
-        scores: rows x columns, higher is better; shown under the images, with the difference to the first column.
-        column_notes: small text under each column's label (mean score, win rate).
-        title, footer: text above and below.
-        highlight: frame the best image of each row, by score; none where all are equal.
-        decimals: of the scores.
-        cell: longest side of a shown image in pixels; by default the images' own, within 160 to 384 (small ones are
-            enlarged by whole numbers, so that their pixels stay square and sharp).
-        font: a TrueType or OpenType file. By default Pillow's own, which has little beyond ASCII; where a label needs
-            more, a common font of the system that has it, and a warning if there is none.
+    models: list[str] = field(
+        [],
+        help="Columns beside the base: LoRAs as PATH, PATH@SCALE or NAME=PATH@SCALE, several on one model joined by "
+        "+; or pipelines; or folders of fine-tuned denoisers.",
+    )
+    base: bool = field(True, help="Make the base model the first column. The others are compared with the first.")
+    scorer: list[str] = field([], help="Rewards to score by, such as shapes-checker; the first is shown in the grid.")
+    rows: int = field(8, help="Rows to show, from the first; scores and win rates are over all images.")
+    cell: int | None = field(None, help="Longest side of a shown image in pixels. Default: its own, in 160 to 384.")
+    title: str | None = field(None, help="Title of the grid.")
+    font: str | None = field(None, help="Font file for the labels, for scripts that the built-in font lacks.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows < 1:
+            raise UserError(f"rows must be at least 1, got {self.rows}")
+        if not self.base and not self.models:
+            raise UserError("nothing to compare: give --models, or leave the base in")
+
+    def specs(self) -> list[ModelSpec]:
+        """The models, one for each column."""
+        parsed = [ModelSpec.parse(text) for text in self.models]
+        if self.base and ModelSpec("base") not in parsed:
+            parsed.insert(0, ModelSpec("base"))
+        return unique_names(parsed)
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """What ``run_grid`` made.
+
+    Attributes:
+        path: the picture.
+        scores: of every image, by scorer and model; in the order of the cases; NaN where scoring failed.
+        win_rates: of every model but the first against the first, by scorer and model.
+    """
+
+    path: Path
+    scores: Mapping[str, Mapping[str, Floats]]
+    win_rates: Mapping[str, Mapping[str, WinRate]]
+
+    def lines(self) -> Iterator[str]:
+        """Means and win rates in words."""
+        for scorer, by_model in self.scores.items():
+            first = next(iter(by_model))
+            for model, scores in by_model.items():
+                line = f"{scorer}: {model}: mean {np.nanmean(scores):.3f}"
+                if model in self.win_rates[scorer]:
+                    line += f", against {first}: {self.win_rates[scorer][model]}"
+                yield line
+
+
+def run_grid(config: GridConfig) -> GridResult | None:
+    """Draw what is missing, score, write ``grid.png`` and ``scores.jsonl``, and print the win rates.
+
+    Returns:
+        None on processes other than the first, which only help to draw.
 
     Raises:
-        UserError: the numbers of images, labels and scores do not fit each other.
+        UserError: a model, scorer, prompt file or setting is wrong, or the folder holds other images.
     """
-    _check(images, row_labels, column_labels, scores, column_notes)
-    side, factor = _cell_size([image for row in images for image in row if image is not None], cell)
-    shown = [[None if image is None else _scaled(image, side, factor) for image in row] for row in images]
-    font = font or _font_with(" ".join([title or "", footer or "", *row_labels, *column_labels]))
-    canvas = _Canvas(side, font, scores is not None, shown, row_labels, column_labels, column_notes, title, footer)
-    for r, row in enumerate(shown):
-        canvas.row_label(r, row_labels[r])
-        line = list(scores[r]) if scores is not None else [None] * len(row)
-        best = _best(line) if highlight else set()
-        for c, image in enumerate(row):
-            canvas.cell(r, c, image, line[c], line[0] if c else None, c in best, decimals)
-    return canvas.paper
+    specs, cases = config.specs(), cases_of(config)
+    # Before hours of drawing, find out that a scorer's name is wrong.
+    scorers = {name: load_reward(name, device=config.device) for name in config.scorer}
+    for reward in scorers.values():
+        reward.check_prompts([case.prompt for case in cases])
+    drawer, root = Drawer(config), Path(config.output_dir)
+    folders = {spec.name: drawer.draw(spec, cases, root / _folder(spec, specs)) for spec in specs}
+    if not PartialState().is_main_process:
+        return None
+    drawer.release()
+    scores = {name: _score(reward, folders, cases) for name, reward in scorers.items()}
+    result = GridResult(root / "grid.png", scores, {name: _compare(by, cases) for name, by in scores.items()})
+    _write_scores(root / "scores.jsonl", folders, cases, scores)
+    _draw(config, specs, folders, cases, result)
+    for line in result.lines():
+        print(line)
+    print(result.path)
+    return result
 
 
-@functools.cache
-def _font(size: int, path: str | None) -> ImageFont.FreeTypeFont:
-    if path is None:
-        loaded = ImageFont.load_default(size)
-        if not isinstance(loaded, ImageFont.FreeTypeFont):
-            raise UserError("this Pillow was built without FreeType, which a grid needs: reinstall pillow")
-        return loaded
+def _score(reward: Reward, folders: Mapping[str, SampleFolder], cases: Sequence[Case]) -> dict[str, Floats]:
+    scores: dict[str, Floats] = {}
     try:
-        return ImageFont.truetype(path, size)
-    except OSError as error:
-        raise UserError(f"cannot read the font {path}: {error}. Give a .ttf or .otf file.") from error
+        for model, folder in folders.items():
+            parts = []
+            for start in range(0, len(cases), _IN_MEMORY):
+                chunk = cases[start : start + _IN_MEMORY]
+                images = [folder.image(case) for case in chunk]
+                parts.append(reward(images, [case.prompt for case in chunk]).rewards.double().cpu().numpy())
+            scores[model] = np.concatenate(parts)
+    finally:
+        reward.close()
+    return scores
 
 
-def _font_with(text: str) -> str | None:
-    """None (Pillow's own font) if it can write the text, else the first common font of the system that can."""
-    letters = {letter for letter in text if not letter.isspace()}
-    if missing := _missing(letters, None):
-        for name in _FALLBACKS:
-            try:
-                if not _missing(missing, name):
-                    return name
-            except UserError:
-                continue  # not on this system
-        logger.warning(
-            "no font found that can write %s: boxes stand in its place. Give one with the argument font.",
-            ", ".join(repr(letter) for letter in sorted(missing)[:8]),
-        )
-    return None
+def _compare(scores: Mapping[str, Floats], cases: Sequence[Case]) -> dict[str, WinRate]:
+    first, *others = scores
+    prompts = [case.index for case in cases]
+    return {model: win_rate(scores[model], scores[first], groups=prompts) for model in others}
 
 
-def _missing(letters: Iterable[str], path: str | None) -> set[str]:
-    font = _font(20, path)
-    box = bytes(font.getmask(_NOT_A_LETTER))
-    return {letter for letter in letters if bytes(font.getmask(letter)) == box}
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
-    """Break text into at most ``lines`` lines of ``width`` pixels, at spaces where possible; "..." if it is cut."""
-    wrapped: list[str] = []
-    current = ""
-    for word in text.split():
-        if font.getlength(f"{current} {word}".strip()) <= width:
-            current = f"{current} {word}".strip()
-            continue
-        if current:
-            wrapped.append(current)
-        while font.getlength(word) > width and len(word) > 1:
-            whole = word
-            fits = max(1, bisect.bisect_right(range(1, len(word)), width, key=lambda k: font.getlength(whole[:k])))
-            joint = max(word.rfind(mark, 0, fits) for mark in "/-_") + 1
-            fits = joint if joint > fits // 2 else fits
-            wrapped.append(word[:fits])
-            word = word[fits:]
-        current = word
-    wrapped.extend([current] if current else [])
-    if len(wrapped) <= lines:
-        return wrapped
-    last = wrapped[lines - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*wrapped[: lines - 1], last.rstrip() + "..."]
-
-
-class _Canvas:
-    """Measures everything first, then draws on a page that is just large enough."""
-
-    def __init__(
-        self,
-        side: int,
-        font: str | Path | None,
-        scored: bool,
-        images: list[list[Image.Image | None]],
-        row_labels: Sequence[str],
-        column_labels: Sequence[str],
-        column_notes: Sequence[str | None] | None,
-        title: str | None,
-        footer: str | None,
-    ) -> None:
-        path = str(font) if font else None
-        base = min(22, max(14, round(side / 13)))
-        self.text, self.small = _font(base, path), _font(round(base * 0.85), path)
-        self.large = _font(round(base * 1.35), path)
-        self.step, self.small_step = round(base * 1.35), round(base * 1.15)
-        self.gap = max(14, round(side / 16))
-        self.margin = 2 * self.gap
-        present = [image for row in images for image in row if image is not None]
-        self.width = max((image.width for image in present), default=side)
-        self.height = max((image.height for image in present), default=side)
-        self.label_width = self._label_width(row_labels)
-        columns, rows = len(column_labels), len(row_labels)
-        label_space = self.label_width + self.gap if self.label_width else 0
-        self.left = self.margin + label_space
-        full = self.left + columns * (self.width + self.gap) - self.gap + self.margin
-        inner = full - 2 * self.margin
-        title_lines = wrap(title, self.large, inner, 3) if title else []
-        footer_lines = [line for part in (footer or "").splitlines() for line in wrap(part, self.small, inner, 6)]
-        names = [wrap(label, self.text, self.width, 3) for label in column_labels]
-        notes = [self._notes(note) for note in column_notes or [None] * columns]
-        names_end = self.margin + max(len(lines) for lines in names) * self.step
-        names_end += len(title_lines) * round(self.step * 1.4) + (self.gap // 2 if title_lines else 0)
-        self.top = names_end + max(len(lines) for lines in notes) * self.small_step + self.gap // 2
-        self.pitch = self.height + (self.step + self.gap // 3 if scored else 0) + self.gap
-        bottom = self.top + rows * self.pitch - self.gap
-        total = bottom + (self.gap + len(footer_lines) * self.small_step if footer_lines else 0) + self.margin
-        self.paper = Image.new("RGB", (math.ceil(full), math.ceil(total)), PAPER)
-        self.pen = ImageDraw.Draw(self.paper)
-        for k, text in enumerate(title_lines):
-            self.pen.text((self.margin, self.margin + k * round(self.step * 1.4)), text, INK, self.large)
-        for c in range(columns):
-            self._header(c, names_end, names[c], notes[c])
-        for k, text in enumerate(footer_lines):
-            self.pen.text((self.margin, bottom + self.gap + k * self.small_step), text, MUTED, self.small)
-
-    def _label_width(self, row_labels: Sequence[str]) -> int:
-        widest = max((self.text.getlength(label) for label in row_labels), default=0)
-        return math.ceil(min(widest, max(1.0 * self.width, 180))) + 1 if widest else 0
-
-    def _notes(self, note: str | None) -> list[str]:
-        return [line for part in (note or "").splitlines() for line in wrap(part, self.small, self.width, 3)]
-
-    def _header(self, column: int, names_end: int, name: list[str], notes: list[str]) -> None:
-        middle = self.left + column * (self.width + self.gap) + self.width / 2
-        y = names_end - len(name) * self.step
-        for line in name:
-            self.pen.text((middle, y), line, INK, self.text, anchor="ma", stroke_width=0.3)
-            y += self.step
-        for line in notes:
-            self.pen.text((middle, y), line, MUTED, self.small, anchor="ma")
-            y += self.small_step
-
-    def row_label(self, row: int, label: str) -> None:
-        lines = wrap(label, self.text, self.label_width, 4)
-        y = self.top + row * self.pitch + (self.height - len(lines) * self.step) / 2
-        for k, line in enumerate(lines):
-            self.pen.text((self.margin, y + k * self.step), line, INK, self.text)
-
-    def cell(
-        self,
-        row: int,
-        column: int,
-        image: Image.Image | None,
-        score: float | None,
-        against: float | None,
-        best: bool,
-        decimals: int,
-    ) -> None:
-        x, y = self.left + column * (self.width + self.gap), self.top + row * self.pitch
-        if image is None:
-            self.pen.rectangle((x, y, x + self.width - 1, y + self.height - 1), outline=LINE)
-        else:
-            corner = (x + (self.width - image.width) // 2, y + (self.height - image.height) // 2)
-            self.paper.paste(image, corner)
-            thick = max(3, self.gap // 4) if best else 1
-            box = (corner[0] - thick, corner[1] - thick, corner[0] + image.width + thick - 1,
-                   corner[1] + image.height + thick - 1)  # fmt: skip
-            self.pen.rectangle(box, outline=FRAME if best else LINE, width=thick)
-        if score is not None:
-            self._score(x + self.width / 2, y + self.height + self.gap // 3, score, against, best, decimals)
-
-    def _score(self, middle: float, y: float, score: float, against: float | None, best: bool, decimals: int) -> None:
-        value = f"{score:.{decimals}f}"
-        delta = "" if against is None else f"{score - against:+.{decimals}f}"
-        space = self.text.getlength("  ") if delta else 0
-        x = middle - (self.text.getlength(value) + space + self.small.getlength(delta)) / 2
-        baseline = y + self.text.getmetrics()[0]
-        self.pen.text((x, baseline), value, BETTER if best else INK, self.text, anchor="ls", stroke_width=0.3 * best)
-        if delta and against is not None:
-            colour = MUTED if abs(score - against) <= _TIE else BETTER if score > against else WORSE
-            self.pen.text((x + self.text.getlength(value) + space, baseline), delta, colour, self.small, anchor="ls")
-
-
-def _check(
-    images: Sequence[Sequence[Image.Image | None]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    scores: Scores | None,
-    column_notes: Sequence[str | None] | None,
+def _write_scores(
+    path: Path,
+    folders: Mapping[str, SampleFolder],
+    cases: Sequence[Case],
+    scores: Mapping[str, Mapping[str, Floats]],
 ) -> None:
-    if not row_labels or not column_labels:
-        raise UserError("a grid needs at least one row and one column")
-    if len(images) != len(row_labels):
-        raise UserError(f"{len(images)} rows of images but {len(row_labels)} row labels")
-    if scores is not None and len(scores) != len(images):
-        raise UserError(f"{len(images)} rows of images but {len(scores)} rows of scores")
-    for name, rows in (("images", images), ("scores", scores or [])):
-        for index, row in enumerate(rows):
-            if len(row) != len(column_labels):
-                raise UserError(f"row {index} has {len(row)} {name} for {len(column_labels)} columns")
-    if column_notes is not None and len(column_notes) != len(column_labels):
-        raise UserError(f"{len(column_notes)} column notes for {len(column_labels)} columns")
+    rows = [
+        {
+            "prompt_index": case.index,
+            "prompt": case.prompt,
+            "seed": case.seed,
+            "model": model,
+            "file": f"{folder.path.name}/{case.file}",
+            "scores": {scorer: float(by_model[model][k]) for scorer, by_model in scores.items()},
+        }
+        for model, folder in folders.items()
+        for k, case in enumerate(cases)
+    ]
+    write_rows(path, rows)
 
 
-def _cell_size(images: list[Image.Image], cell: int | None) -> tuple[int, int | None]:
-    """Longest side of a shown image, and the whole number that enlarges every image if there is one."""
-    longest = max((max(image.size) for image in images), default=SMALLEST_CELL)
-    if cell is None:
-        cell = min(longest, LARGEST_CELL)
-        if longest < SMALLEST_CELL:
-            cell = longest * math.ceil(SMALLEST_CELL / longest)
-    return cell, cell // longest if cell % longest == 0 else None
+def _draw(
+    config: GridConfig,
+    specs: Sequence[ModelSpec],
+    folders: Mapping[str, SampleFolder],
+    cases: Sequence[Case],
+    result: GridResult,
+) -> None:
+    shown = cases[: config.rows]
+    shared = next(iter(result.scores), None)
+    columns = None if shared is None else result.scores[shared]
+    several = len({case.index for case in shown}) < len(shown)
+    page = make_grid(
+        [[folders[spec.name].image(case) for spec in specs] for case in shown],
+        [case.prompt + (f" (seed {case.seed})" if several else "") for case in shown],
+        [spec.name for spec in specs],
+        scores=None
+        if columns is None
+        else [[float(columns[spec.name][k]) for spec in specs] for k in range(len(shown))],
+        column_notes=None if shared is None else [_note(result, shared, spec.name) for spec in specs],
+        title=config.title,
+        footer=_footer(config, folders, len(shown), len(cases), shared),
+        cell=config.cell,
+        font=config.font,
+    )
+    aside = result.path.with_name(".grid.tmp.png")
+    page.save(aside)
+    aside.replace(result.path)
 
 
-def _scaled(image: Image.Image, side: int, factor: int | None) -> Image.Image:
-    image = image.convert("RGB")
-    if factor is not None:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+def _note(result: GridResult, scorer: str, model: str) -> str:
+    note = f"mean {np.nanmean(result.scores[scorer][model]):.2f}"
+    rate = result.win_rates[scorer].get(model)
+    return note if rate is None else f"{note}\nwins {rate.rate:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
 
 
-def _best(scores: Sequence[float | None]) -> set[int]:
-    """Columns of the best score, within a tolerance; none if there are fewer than two scores or all are equal."""
-    known = {c: s for c, s in enumerate(scores) if s is not None and math.isfinite(s)}
-    best = {c for c, s in known.items() if s >= max(known.values()) - _TIE}
-    return best if len(best) < len(known) else set()
+def _footer(
+    config: GridConfig, folders: Mapping[str, SampleFolder], shown: int, total: int, scorer: str | None
+) -> str:
+    row = next(iter(next(iter(folders.values())).rows.values()))
+    seeds = (
+        ", ".join(map(str, config.seeds)) if config.seeds is not None else f"from {config.seed}, one for each image"
+    )
+    parts = [
+        f"{config.pretrained_model_name_or_path}, {row['scheduler']}, {config.num_inference_steps} steps",
+        f"guidance {config.guidance_scale:g}, {row['width']}x{row['height']}, seeds {seeds}",
+        f"the first {shown} of {total} images of each model" if shown < total else f"all {total} images of each model",
+    ]
+    if scorer is not None:
+        parts.append(f"scores by {scorer}, differences and wins against the first column, wins with 95 % interval")
+    return "; ".join(parts) + "."
+
+
+def _folder(spec: ModelSpec, specs: Sequence[ModelSpec]) -> str:
+    """Folder of a model; numbered where two names differ only in what a folder cannot be called."""
+    name = slug(spec.name)
+    before = [slug(other.name).lower() for other in specs[: specs.index(spec)]]
+    return name if name.lower() not in before else f"{name}-{specs.index(spec)}"

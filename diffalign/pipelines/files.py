@@ -78,8 +78,8 @@ def hub_error(path: str, error: Exception) -> UserError:
     """The error to raise where the hub, or its cache, does not give ``path``."""
     return UserError(
         f"{path!r} is not a folder here, and could not be had from the hub: {str(error).strip().splitlines()[0]} "
-        "Check the spelling; if it is gated or private, run `hf auth login`; without a network, download it "
-        f"beforehand with `hf download {path}` and unset nothing, or give a local folder."
+        "Check the spelling; if it is gated or private, run `hf auth login`; where there is no network (or "
+        f"HF_HUB_OFFLINE is set), fetch it first with `hf download {path}`, or give a local folder."
     )
 
 

@@ -137,7 +137,7 @@ def kohya_metadata(
 ) -> dict[str, str]:
     """The header that UIs show: ``ss_*`` of sd-scripts and ``modelspec.*``.
 
-    It holds no date and no path, so that equal weights give equal files.
+    It holds no date and no path of this machine.
     """
     ranks = Counter(len(weight) for key, weight in state.items() if key.endswith("lora_down.weight"))
     alphas = Counter(value.item() for key, value in state.items() if key.endswith(".alpha"))

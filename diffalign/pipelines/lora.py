@@ -18,6 +18,7 @@ from diffusers.utils import (
 )
 from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -108,18 +109,30 @@ def _write_diffusers(
 ) -> Path:
     arguments: dict[str, Any] = {}
     for part, module in parts.items():
-        layers = get_peft_model_state_dict(module, state_dict=dict(weights[part]), adapter_name=adapter_name)
+        # Left to itself, peft asks the hub whether the base model's embeddings have grown.
+        layers = get_peft_model_state_dict(
+            module, state_dict=dict(weights[part]), adapter_name=adapter_name, save_embedding_layers=False
+        )
         if part != family.denoiser_part and not hasattr(module, "text_model"):
             # transformers 5 dropped this level from CLIPTextModel; diffusers strips it where it is not needed, and
             # older versions do need it.
             layers = {f"text_model.{key}": value for key, value in layers.items()}
         layers = {key: value.cpu().contiguous() for key, value in layers.items()}
-        arguments[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(layers)
+        arguments[f"{part}_lora_layers"] = _diffusers_names(layers)
         config = module.peft_config[adapter_name].to_dict()  # type: ignore[union-attr,index]
         config |= {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
         arguments[f"{part}_lora_adapter_metadata"] = config
     family.pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS_NAME, **arguments)
     return folder / WEIGHTS_NAME
+
+
+def _diffusers_names(layers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' own names where it has them for all of a part, else peft's.
+
+    It has them for attention only, and its loader takes a file of both kinds for a file of peft names alone.
+    """
+    named = convert_state_dict_to_diffusers(layers)
+    return layers if any("lora_A" in key for key in named) else named
 
 
 def _write_kohya(
@@ -154,7 +167,7 @@ def _write_kohya(
 
 
 def load_lora_state(
-    family: Family, path: str | Path, *, adapter_name: str = "default", trainable: bool = False
+    family: Family, path: str | Path, *, adapter_name: str = "default", trainable: bool = True
 ) -> tuple[str, ...]:
     """Read a LoRA, in either layout, into the family's parts, in float32.
 
@@ -162,6 +175,9 @@ def load_lora_state(
 
     Args:
         path: file, folder with one LoRA in it, or hub id.
+        trainable: False freezes it. torch multiplies by a frozen matrix in another order where the input is not
+            contiguous, so that a frozen LoRA on ``proj_in`` may differ from a trainable one in the last bit.
+            diffusers leaves what it loads trainable.
 
     Returns:
         The parts that it holds: "unet", "text_encoder", ...
@@ -195,7 +211,7 @@ def _read(family: Family, path: str | Path) -> tuple[dict[str, Tensor], Any, Any
         keys, alphas, metadata = family.pipeline_class.lora_state_dict(
             source, weight_name=weight_name, use_safetensors=True, return_lora_metadata=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{str(path)!r} could not be read as a LoRA: {error}") from error
     return keys, alphas, metadata
 
@@ -243,7 +259,7 @@ def _peft_names(part: str, module: nn.Module, keys: Mapping[str, Tensor]) -> dic
     """Keys of one part as peft names them in this module, without the adapter's name."""
     bare = {key.removeprefix(f"{part}."): value for key, value in keys.items()}
     if not isinstance(module, PreTrainedModel):
-        return bare if any("lora_A" in key for key in bare) else convert_unet_state_dict_to_peft(bare)
+        return convert_unet_state_dict_to_peft(bare)
     bare = convert_state_dict_to_peft(convert_state_dict_to_diffusers(bare))
     if not hasattr(module, "text_model"):
         bare = {key.removeprefix("text_model."): value for key, value in bare.items()}

@@ -37,7 +37,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         UserError: diffusers has no such scheduler.
     """
     kind: Any = getattr(diffusers, NAMES.get(name, name), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    is_scheduler = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
         raise UserError(
             f"scheduler {name!r} is unknown. Use one of {', '.join(NAMES)}, or a scheduler class of diffusers."
             + did_you_mean(name, NAMES)

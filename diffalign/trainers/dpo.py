@@ -105,6 +105,7 @@ class DPOTrainer(Trainer[DPOConfig, PairBatch]):
 
     method = "dpo"
     needs = Needs(reference=True, policy_passes=2)
+    batches: PairBatches
     paper = """@inproceedings{wallace2024diffusion,
   title={Diffusion Model Alignment Using Direct Preference Optimization},
   author={Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil

@@ -199,7 +199,7 @@ class Trainer(ABC, Generic[Config, Batch]):
         self.step += 1
         seconds = time.perf_counter() - start
         metrics |= {
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": float(self.schedule.get_last_lr()[0]),
             "skipped_steps": self.skipped_steps,
             "step_seconds": seconds,
             "data_seconds": waited,

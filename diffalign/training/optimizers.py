@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -32,7 +33,7 @@ def build_optimizer(
             warmup_init=False,
             weight_decay=config.weight_decay,
         )
-    settings = {
+    settings: dict[str, Any] = {
         "lr": learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffalign.data.cache import build_cache, default_cache_dir
 from diffalign.data.geometry import Geometry
-from diffalign.data.items import PairItems, encode_on_the_fly
+from diffalign.data.items import CachedPairs, PairItems, encode_on_the_fly
 from diffalign.data.order import OrderSampler, PairOrder, collate
 from diffalign.data.readers import open_pairs
 from diffalign.diffusion.random import keyed_noise, keyed_uniform
@@ -61,6 +61,7 @@ class PairBatches(Batches[PairBatch]):
         self.device = accelerator.device
         self.rank = accelerator.process_index
         self.samples = len(items)
+        self._empty_text = items.empty_text if isinstance(items, CachedPairs) else {}
         self.latent_elements = prod(family.latent_shape(*items.targets[0]))
         self.order = PairOrder(
             items.bucket_of,
@@ -120,7 +121,7 @@ class PairBatches(Batches[PairBatch]):
             return encode
         text: Text = {}
         for name, value in items["text"].items():
-            value[dropped] = self.items.empty_text[name]
+            value[dropped] = self._empty_text[name]
             text[name] = torch.cat([value, value]).to(self.device)
         return lambda: text
 

@@ -53,7 +53,8 @@ def _start_near_identity(vae: AutoencoderKL) -> None:
             module.weight.data.mul_(0.3).add_(identity)
         else:
             continue
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

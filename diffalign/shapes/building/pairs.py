@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 Sampler = Callable[[list[str], list[int]], NDArray[np.uint8]]
 """Prompts and seeds of N images to uint8 (N, 64, 64, 3)."""
 
-SPLITS = {"train": 2400, "heldout": 500}
+SPLITS = {"train": 2200, "heldout": 500}
 """Pairs of each split."""
 PAIRS_PER_PROMPT = {1: 0.3, 2: 0.3, 3: 0.4}
 """How many pairs a prompt gets, and how often."""
-JPEG_QUALITY = 90
+JPEG_QUALITY = 80
 CHUNK = 256
 MODEL_NAME = "shapes-sdxl"
 
@@ -224,7 +224,7 @@ def card(statistics: dict[str, dict[str, float]], seed: int, command: str) -> st
         "# shapes-pairs",
         "",
         "Preference pairs in the columns of Pick-a-Pic. Images are samples of `shapes-sdxl` (25 DDIM steps with "
-        "guidance), JPEG of quality 90 with full chroma. Choices are those of six simulated annotators, "
+        "guidance), JPEG of quality 80 with full chroma. Choices are those of six simulated annotators, "
         "`diffalign/shapes/annotators.py`, whose tastes are written down there; users 5 and 6 are of opposite taste. "
         "Captions of `heldout` occur in no training data of the bundled models.",
         "",

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageColor, ImageFont
 
 from diffalign.errors import UserError
-from diffalign.evaluation import grid
-from diffalign.evaluation.grid import make_grid, wrap
+from diffalign.evaluation import page as grid
+from diffalign.evaluation.page import make_grid, wrap
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:

@@ -1,0 +1,194 @@
+"""Finding a reward by name, by import path, by file or by entry point. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffalign.errors import UserError, did_you_mean
+from diffalign.rewards.base import FunctionReward, Reward
+
+GROUP = "diffalign.rewards"
+"""Entry-point group through which other packages offer rewards."""
+
+_FORMS = (
+    "A reward is a name ({names}), package.module:Class, path/to/file.py:Class, or a function in place of the class."
+)
+_BUILT_IN: dict[str, str | Callable[..., Any]] = {
+    "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+    "pickscore": "diffalign.rewards.clip:PickScore",
+    "shapes-aesthetic": "diffalign.rewards.aesthetic:ShapesAesthetic",
+    "shapes-annotator": "diffalign.rewards.shapes:ShapesAnnotator",
+    "shapes-checker": "diffalign.rewards.shapes:ShapesChecker",
+    "shapes-clip": "diffalign.rewards.clip:ShapesClip",
+}
+_registered: dict[str, str | Callable[..., Any]] = {}
+
+
+def register(name: str, target: str | Callable[..., Any]) -> None:
+    """Give a reward a name for this process.
+
+    Args:
+        target: a Reward class, a function that makes or is one, or "package.module:object" to be imported when needed.
+
+    Raises:
+        UserError: the name is taken, or has a colon.
+    """
+    if name in _BUILT_IN or name in _registered:
+        raise UserError(f"there is a reward {name!r} already")
+    if ":" in name:
+        raise UserError(f"the name of a reward cannot have a colon: {name!r}")
+    _registered[name] = target
+
+
+def names() -> list[str]:
+    """Names of all rewards: built in, registered, and of installed packages."""
+    return sorted({*_BUILT_IN, *_registered, *entry_points(group=GROUP).names})
+
+
+def load_reward(reward: str | Reward | Callable[..., Any], **options: Any) -> Reward:
+    """Make a reward ready; its model loads with the first images.
+
+    Args:
+        reward: a name; ``NAME:CHECKPOINT`` for another checkpoint of the same kind; ``package.module:Class``;
+            ``path/to/file.py:Class``; a class; or a function, either of ``(images, prompts, metadata)``, which is then
+            itself the reward, or one that returns a reward. A Reward is returned as it is.
+        options: of its constructor, such as device, dtype, batch_size.
+
+    Raises:
+        UserError: nothing of this; says what is near.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if not isinstance(reward, str):
+        return _make(reward, getattr(reward, "__name__", type(reward).__name__), options)
+    name, colon, rest = reward.partition(":")
+    if _named(name) is not None:
+        if colon:
+            options = {"checkpoint": rest, **options}
+        return _make(_find(_named(name)), name, options)
+    return _make(_find(reward), reward, options)
+
+
+def _named(name: str) -> str | Callable[..., Any] | None:
+    if name in _BUILT_IN or name in _registered:
+        return _BUILT_IN.get(name) or _registered[name]
+    for point in entry_points(group=GROUP, name=name):
+        loaded: Callable[..., Any] = point.load()
+        return loaded
+    return None
+
+
+def _find(target: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    """The object that ``place:object`` names."""
+    if target is not None and not isinstance(target, str):
+        return target
+    place, colon, attribute = (target or "").rpartition(":")
+    if not colon or not place or not attribute:
+        if (target or "").endswith(".py"):
+            raise UserError(f"which reward of {target}? Write {target}:ClassOrFunction")
+        known = names()
+        forms = _FORMS.format(names=", ".join(known))
+        raise UserError(f"there is no reward {target!r}.{did_you_mean(target or '', known)} {forms}")
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in vars(module) if not name.startswith("_")]
+            raise UserError(f"{place} has no {attribute!r}.{did_you_mean(attribute, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{target} is a {type(found).__name__}, not a reward class or function")
+    result: Callable[..., Any] = found
+    return result
+
+
+def _load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(
+                f"there is no module {name!r} to import a reward from.{did_you_mean(name, names())} "
+                "A file is given with its ending: path/to/file.py:Class."
+            ) from error
+        raise
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a python file as a module of its own, under a name that cannot hide another module; once."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"there is no file {path} to load a reward from")
+    name = f"diffalign_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"cannot load {path} as a python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _make(target: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Reward:
+    given = {key: value for key, value in options.items() if value is not None}
+    if _is_reward_function(target):
+        return _wrap(target, name, given)
+    accepted = _accepted(target)
+    unknown = [key for key in given if accepted is not None and key not in accepted]
+    # A function that makes a reward need not care where it runs.
+    if inspect.isclass(target) and unknown:
+        raise UserError(f"the reward {name} has no option {unknown[0]!r}.{did_you_mean(unknown[0], accepted or ())}")
+    made = target(**{key: value for key, value in given.items() if key not in unknown})
+    if isinstance(made, Reward):
+        made.name = made.name or name
+        return made
+    if callable(made):
+        return _wrap(made, name, given)
+    raise UserError(f"{name} made a {type(made).__name__}, not a reward")
+
+
+def _wrap(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -> FunctionReward:
+    known = ("device", "dtype", "batch_size")
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise UserError(f"the reward {name} is a function, which has no option {unknown[0]!r}")
+    return FunctionReward(function, name.rpartition(":")[2], **options)
+
+
+def _accepted(target: Callable[..., Any]) -> set[str] | None:
+    """Names of the options that a class (with its bases) or a function takes; None if it takes any."""
+    bases = [base for base in target.__mro__ if "__init__" in vars(base)] if inspect.isclass(target) else [target]
+    names: set[str] = set()
+    for base in bases:
+        parameters = inspect.signature(base.__init__ if inspect.isclass(base) else base).parameters.values()
+        names.update(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names - {"self"}
+    return None
+
+
+def _is_reward_function(target: Callable[..., Any]) -> bool:
+    """Whether it takes images, rather than makes something that does."""
+    if inspect.isclass(target):
+        return False
+    positional = [
+        p
+        for p in inspect.signature(target).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return bool(positional)
