@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffalign.errors import UserError
 from diffalign.pipelines import load_family
@@ -107,17 +108,25 @@ def test_package_imports_without_torch():
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_hub_id_in_the_cache_loads_without_a_network(kind, request, tmp_path, monkeypatch):
-    repo = tmp_path / "models--owner--tiny"
+def test_hub_ids_in_the_cache_load_without_a_network(kind, request, tmp_path, monkeypatch):
+    source = request.getfixturevalue(f"tiny_{kind}_path")
     commit = "0123456789abcdef0123456789abcdef01234567"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    model(request.getfixturevalue(f"tiny_{kind}_path"), repo / "snapshots" / commit)
+
+    def cached(name: str, folder: str) -> Path:
+        repo = tmp_path / f"models--owner--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        return model(folder, repo / "snapshots" / commit)
+
+    snapshot = cached("tiny", source)
+    cached("vae", f"{source}/vae")
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "huggingface_hub._snapshot_download"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
     family = load_family("owner/tiny")
-    assert family.name == kind and family.path == "owner/tiny"
-    assert Path(family.folder) == repo / "snapshots" / commit
+    assert (family.name, family.path, Path(family.folder)) == (kind, "owner/tiny", snapshot)
     assert family.encode_prompts(["a"])["prompt_embeds"].shape[0] == 1
-    replaced = load_family("owner/tiny", vae="owner/tiny")
-    assert "force_upcast" in replaced.vae.config
+    replaced = load_family("owner/tiny", vae="owner/vae")
+    assert all(torch.equal(a, b) for a, b in zip(replaced.vae.parameters(), family.vae.parameters(), strict=True))
+    assert replaced.fingerprint("vae") != family.fingerprint("vae")
+    with pytest.raises(UserError, match="'owner/absent' has no readable config.json"):
+        load_family("owner/tiny", vae="owner/absent")
