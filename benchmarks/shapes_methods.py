@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.app import console
 from diffalign.config import load_yaml
 from diffalign.evaluation.shapes import GUIDANCE, STEPS, Judgement, compare, draw, heldout_prompts, judge
 from diffalign.trainers import load_method
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True, help="JSON file that the records are added to")
-    parser.add_argument("--images", type=int, default=512, help="held-out prompts, one image each and model")
+    parser.add_argument("--images", type=int, default=1024, help="held-out prompts, one image each and model")
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_methods"), help="folder of the training runs")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a record")
     args = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> None:
     have = {(record["method"], record["seed"]) for record in records}
     prompts = heldout_prompts(args.images)
     base: Judgement | None = None
+    console.set_up()
     for method, seed in todo:
         if (method, seed) in have and not args.again:
             print(f"{method} seed {seed}: has a record")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.app import console
 from diffalign.config import field, parse_args
 from diffalign.errors import UserError
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: DemoConfig) -> Path:
     """Train, draw, judge; returns the grid's path."""
-    logging.getLogger("diffalign").setLevel(logging.WARNING)
+    console.set_up(logging.ERROR)
     start = time.monotonic()
     print("1/3  train a LoRA with Diffusion-DPO (diffalign train dpo --config shapes-dpo)\n", flush=True)
     run_dir = _train(config)

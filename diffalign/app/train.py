@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffalign.app import console
 from diffalign.config import parse_args
 from diffalign.errors import UserError
 from diffalign.trainers import METHODS, load_method
@@ -39,5 +40,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"the method comes first: diffalign train METHOD {name} ...; methods: {', '.join(METHODS)}.")
     config_class, trainer_class = load_method(name)
     config = parse_args(config_class, rest, prog=f"diffalign train {name}")
+    console.set_up()
     trainer_class(config).train()
     return 0

@@ -66,7 +66,7 @@ def encode_prompts(
     Raises:
         UserError: embeddings that are not finite, or no space left.
     """
-    with keeping(store), tqdm(desc="encoding prompts", total=len(prompts), disable=not progress, leave=False) as bar:
+    with keeping(store), _bar("encoding prompts", len(prompts), progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             text = {name: tensor.cpu() for name, tensor in encoder.encode_prompts(batch, warn=False).items()}
@@ -121,7 +121,7 @@ def encode_pictures(
             store.put(job.key, {"latents": latent.to(dtype)})
         left -= len(batch)
 
-    with keeping(store), tqdm(desc="encoding pictures", total=left, disable=not progress, leave=False) as bar:
+    with keeping(store), _bar("encoding pictures", left, progress) as bar:
         for job, name, pixels in in_parallel(load, jobs):
             if isinstance(pixels, BadImage):
                 failed.append((job.key, str(pixels)))
@@ -147,6 +147,10 @@ def keeping(store: ShardStore) -> Iterator[None]:
             store.flush()
         raise
     store.flush()
+
+
+def _bar(name: str, total: int, progress: bool) -> tqdm:
+    return tqdm(desc=name, total=total, disable=not progress or not total, leave=False)
 
 
 def _check_finite(entry: dict[str, Tensor], name: str, remedy: str) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class EncodedImage:
     ``data`` are the bytes of an image file, the path of one, or a PIL image; ``where`` names it in errors.
     """
 
-    data: bytes | Path | Image.Image
+    data: bytes | Path | Image.Image = field(repr=False)
     where: str = "image"
 
     @classmethod

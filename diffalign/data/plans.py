@@ -108,7 +108,13 @@ def plan_source(
                 return str(error)
 
         own = range(exchange.rank, len(source), exchange.world_size)
-        bar = tqdm(in_parallel(look, own), "looking at pairs", len(own), disable=not progress, leave=False)
+        bar = tqdm(
+            in_parallel(look, own),
+            "looking at pairs",
+            len(own),
+            disable=not progress or exchange.rank > 0,
+            leave=False,
+        )
         parts = exchange.share("plans", [plan if isinstance(plan, str) else asdict(plan) for plan in bar])
         outcomes = [parts[i % len(parts)][i // len(parts)] for i in range(len(source))]
         if saved and exchange.rank == 0:

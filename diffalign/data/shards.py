@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         UserError: no space left, or no right to write there.
     """
     make_folder(path.parent)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with _explained(path.parent, len(content)):
             aside.write_bytes(content)

@@ -31,6 +31,7 @@ from diffalign.evaluation.folder import Case, SampleFolder
 from diffalign.evaluation.models import ModelSpec, applied, identity
 from diffalign.pipelines import load_family
 from diffalign.pipelines.base import Family
+from diffalign.pipelines.schedulers import make_scheduler
 
 __all__ = ["Case", "DrawConfig", "Drawer", "ModelSpec", "SampleConfig", "SampleFolder", "plan", "run_sample"]
 __all__ += ["sample_images"]
@@ -225,6 +226,8 @@ class Drawer:
             )
             side = self._family.default_resolution
             self._family.latent_shape(self.config.height or side, self.config.width or side)
+            if self.config.scheduler:
+                make_scheduler(self.config.scheduler, {})
         return self._family
 
     def _pipeline(self, spec: ModelSpec) -> DiffusionPipeline:

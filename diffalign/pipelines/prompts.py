@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -11,8 +12,15 @@ from transformers import CLIPTokenizer
 from diffalign.errors import UserError
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-    """Token ids (B, L), padded and cut to the tokenizer's length, and the indices of the prompts that were cut.
+class Tokens(NamedTuple):
+    """Token ids and attention mask, int64 (B, L) each; the mask is 0 on padding."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tokens, list[int]]:
+    """Prompts, padded and cut to the tokenizer's length, and the indices of those that were cut.
 
     Raises:
         UserError: a prompt is not a string.
@@ -21,9 +29,9 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor, 
         if not isinstance(prompt, str):
             raise UserError(f"prompt {i} is {prompt!r}, not a string. An empty prompt is written ''.")
     length = tokenizer.model_max_length
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     cut = [i for i, row in enumerate(tokenizer(list(prompts), verbose=False).input_ids) if len(row) > length]
-    return ids.input_ids, cut
+    return Tokens(tokens.input_ids, tokens.attention_mask), cut
 
 
 def warn_truncated(prompts: Sequence[str], cut: Sequence[int], length: int) -> None:

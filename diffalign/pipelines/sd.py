@@ -41,14 +41,12 @@ class StableDiffusion(Family):
 
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         tokenizer, encoder = self.tokenizers["text_encoder"], self.text_encoders["text_encoder"]
-        ids, cut = tokenize(tokenizer, prompts)
+        tokens, cut = tokenize(tokenizer, prompts)
         if warn:
             warn_truncated(prompts, cut, tokenizer.model_max_length)
-        mask = None
-        if getattr(encoder.config, "use_attention_mask", None):
-            mask = (ids != tokenizer.pad_token_id).long().to(self.device)
+        mask = tokens.mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
         with torch.set_grad_enabled(grad):
-            hidden = encoder(ids.to(self.device), attention_mask=mask).last_hidden_state
+            hidden = encoder(tokens.ids.to(self.device), attention_mask=mask).last_hidden_state
         return {"prompt_embeds": hidden.to(self.dtype)}
 
     def predict(

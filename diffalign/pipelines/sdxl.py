@@ -49,10 +49,10 @@ class StableDiffusionXL(Family):
         with torch.set_grad_enabled(grad):
             for name, encoder in self.text_encoders.items():
                 tokenizer = self.tokenizers[name]
-                ids, too_long = tokenize(tokenizer, prompts)
+                tokens, too_long = tokenize(tokenizer, prompts)
                 cut.update(too_long)
                 length = tokenizer.model_max_length
-                output = encoder(ids.to(self.device), output_hidden_states=True)
+                output = encoder(tokens.ids.to(self.device), output_hidden_states=True)
                 hidden.append(output.hidden_states[-2])
             pooled = output.text_embeds
         if warn:

@@ -154,9 +154,9 @@ class Trainer(ABC, Generic[Config, Batch]):
                 if self.step == 0:
                     self._validate(log)
                 self._steps(log)
+            return self._finish()
         finally:
             log.close()
-        return self._finish()
 
     def _steps(self, log: RunLog) -> None:
         stream = self.batches.stream(self.step, self.plan.steps)

@@ -86,7 +86,7 @@ class RunLog:
             tqdm.write(message)
 
     def close(self) -> None:
-        """Finish the bar and the trackers."""
+        """Finish the bar, the trackers and the process group: nothing collective can follow."""
         self.bar.close()
         self.accelerator.end_training()
 

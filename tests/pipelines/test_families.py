@@ -98,6 +98,16 @@ def test_prompts_are_encoded_as_the_pipeline_does(path):
         assert torch.equal(text["pooled_prompt_embeds"], got[2])
 
 
+def test_attention_mask_is_given_where_the_encoder_was_trained_with_one(tiny_sd_path, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_path, folder)
+    edit(folder / "text_encoder" / "config.json", use_attention_mask=True)
+    got = load_family(str(folder)).encode_prompts(PROMPTS)["prompt_embeds"]
+    plain = DiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(got, plain.encode_prompt(PROMPTS, "cpu", 1, False)[0])
+    assert not torch.equal(got, load_family(tiny_sd_path).encode_prompts(PROMPTS)["prompt_embeds"])
+
+
 def test_long_prompts_are_cut_with_one_warning_that_counts_them(path):
     family = load_family(path)
     long = ["a red circle and " * 40, "a cross", "zebra " * 77]

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import logging
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-from diffalign.rewards.clip import clip_scores, embed_images, embed_texts, unwrap
+from diffalign.errors import UserError
+from diffalign.rewards import clip
+from diffalign.rewards.clip import PickScore, clip_scores, embed_images, embed_texts, unwrap
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +53,155 @@ def test_card_example_of_cosines() -> None:
     fake = SimpleNamespace(logit_scale=torch.tensor(4.0).log())
     scores = clip_scores(fake, image, text)  # type: ignore[arg-type]
     assert scores.softmax(0).tolist() == pytest.approx([0.916827, 0.083173], abs=1e-6)
+
+
+PROMPTS = ["a red circle", "a blue square on a gray background", "a cross", "a small green diamond"]
+
+
+def noise(count: int, *size: int) -> torch.Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def reward(clip_path: str) -> PickScore:
+    return PickScore(checkpoint=clip_path, device="cpu")
+
+
+def test_score_equals_the_librarys_own_on_pictures(reward: PickScore, clip_path: str) -> None:
+    pixels = (noise(4, 28, 28) * 255).round().byte()
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    processor, model = CLIPProcessor.from_pretrained(clip_path), CLIPModel.from_pretrained(clip_path)
+    inputs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.diagonal()
+    output = reward(pictures, PROMPTS)
+    torch.testing.assert_close(output.rewards, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.details["cosine"], output.rewards / model.logit_scale.exp().item())
+    torch.testing.assert_close(reward(pixels, PROMPTS).rewards, output.rewards)
+    assert output.rewards.std() > 0.1
+
+
+def test_scores_do_not_depend_on_the_batch(reward: PickScore, clip_path: str) -> None:
+    images = noise(4, 40, 52)
+    together = reward(images, PROMPTS).rewards
+    alone = PickScore(checkpoint=clip_path, device="cpu", batch_size=1)
+    torch.testing.assert_close(alone(images, PROMPTS).rewards, together, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reward(images.flip(0), PROMPTS[::-1]).rewards.flip(0), together, atol=1e-5, rtol=1e-5)
+    assert torch.equal(reward(images, PROMPTS).rewards, together)
+
+
+def test_floats_and_pictures_score_alike(reward: PickScore) -> None:
+    smooth = torch.nn.functional.interpolate(noise(4, 6, 6), (60, 80), mode="bicubic").clamp(0, 1)
+    pictures = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in smooth]
+    exact, differentiable = reward(pictures, PROMPTS).rewards, reward(smooth, PROMPTS, grad=True).rewards
+    assert (exact - differentiable).abs().max() < 0.01 * exact.std()
+
+
+def test_gradient_reaches_the_image_and_no_weight(reward: PickScore) -> None:
+    for size, count in (((28, 28), 1), ((40, 52), 3)):
+        images = noise(count, *size).requires_grad_()
+        reward(images, PROMPTS[:count], grad=True).rewards.sum().backward()
+        assert images.grad is not None and torch.isfinite(images.grad).all()
+        assert (images.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(parameter.grad is None for parameter in reward.model.parameters())
+
+
+def test_gradient_agrees_with_finite_differences(reward: PickScore) -> None:
+    images = noise(1, 28, 28)
+    reward(images, PROMPTS[:1])
+    reward.model.double()
+    texts = reward._embed_prompts(PROMPTS[:1])
+
+    def score(pixels: torch.Tensor) -> torch.Tensor:
+        features = unwrap(reward.model.get_image_features(pixel_values=pixels))
+        return clip_scores(reward.model, torch.nn.functional.normalize(features, dim=-1), texts.double())
+
+    pixels = images.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(pixels).sum(), pixels)
+    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        numeric = (score(pixels + 1e-4 * direction) - score(pixels - 1e-4 * direction)) / 2e-4
+    # The score itself ends in float32 (logit_scale), hence the tolerance.
+    assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+
+
+def test_half_precision_tower_keeps_scores_fine(clip_path: str, reward: PickScore) -> None:
+    half = PickScore(checkpoint=clip_path, device="cpu", dtype=torch.bfloat16)
+    images = noise(4, 28, 28)
+    full, low = reward(images, PROMPTS).rewards, half(images, PROMPTS).rewards
+    assert low.dtype == torch.float32
+    assert (low - full).abs().max() < 0.02 * reward.model.logit_scale.exp()
+    assert half.model.logit_scale.dtype == torch.float32
+    assert torch.equal(half.model.logit_scale, reward.model.logit_scale)
+
+
+def test_a_prompt_is_encoded_once(reward: PickScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    real = clip.embed_texts
+    monkeypatch.setattr(clip, "embed_texts", lambda model, ids: encoded.append(len(ids)) or real(model, ids))
+    images = noise(4, 28, 28)
+    first = reward(images, [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0]]).rewards
+    assert encoded == [2]
+    again = reward(images, [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0]]).rewards
+    assert encoded == [2] and torch.equal(first, again)
+    monkeypatch.setattr(clip, "_CACHED_PROMPTS", 1)
+    reward(images, PROMPTS)
+    assert len(reward._embedded) == 1
+    reward.close()
+    assert not reward._embedded
+
+
+def test_long_prompts_are_cut_with_one_warning(reward: PickScore, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["red", "circle", "square", "blue"]
+    long = " ".join(words * 10)
+    with caplog.at_level(logging.WARNING):
+        cut, short = reward(noise(2, 28, 28), [long, PROMPTS[0]]).rewards
+        reward(noise(2, 28, 28), [long, PROMPTS[0]])
+    assert [record.message for record in caplog.records].count(
+        "pickscore: 1 of 2 prompts are longer than 16 tokens and were cut"
+    ) == 1
+    alone = reward(noise(2, 28, 28)[1:], PROMPTS[:1]).rewards
+    torch.testing.assert_close(short[None], alone, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(cut)
+
+
+def test_the_published_layout_has_its_processor_elsewhere(clip_path: str, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(clip_path) / name, tmp_path)
+    keys = set(load_file(tmp_path / "model.safetensors"))
+    assert {"logit_scale", "vision_model.pre_layrnorm.weight", "visual_projection.weight"} <= keys
+    assert {"text_model.encoder.layers.1.mlp.fc2.bias", "vision_model.embeddings.class_embedding"} <= keys
+    separate = PickScore(checkpoint=str(tmp_path), processor=clip_path, device="cpu")
+    together = PickScore(checkpoint=clip_path, device="cpu")
+    images = noise(2, 28, 28)
+    assert torch.equal(separate(images, PROMPTS[:2]).rewards, together(images, PROMPTS[:2]).rewards)
+    with pytest.raises(UserError, match="could not load CLIPTokenizer"):
+        PickScore(checkpoint=str(tmp_path), device="cpu")(images, PROMPTS[:2])
+    assert PickScore().processor == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+def test_old_checkpoints_with_position_ids_load(clip_path: str, tmp_path: Path) -> None:
+    shutil.copytree(clip_path, tmp_path / "old")
+    state = load_file(tmp_path / "old/model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(state, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
+    images = noise(1, 28, 28)
+    old, new = (PickScore(checkpoint=str(p), device="cpu") for p in (tmp_path / "old", clip_path))
+    assert torch.equal(old(images, "a cross").rewards, new(images, "a cross").rewards)
+
+
+def test_missing_weights_are_never_drawn_at_random(clip_path: str, tmp_path: Path) -> None:
+    shutil.copytree(clip_path, tmp_path / "half")
+    state = load_file(tmp_path / "half/model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "half/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"it lacks 1 weights \(visual_projection.weight"):
+        PickScore(checkpoint=str(tmp_path / "half"), device="cpu")(noise(1, 28, 28), "a cross")
+    with pytest.raises(UserError, match="could not load CLIPModel from '.*nowhere'"):
+        PickScore(checkpoint=str(tmp_path / "nowhere"), device="cpu")(noise(1, 28, 28), "a cross")
+
+
+def test_a_difference_of_scores_is_a_bradley_terry_logit() -> None:
+    assert torch.tensor([21.50, 20.98]).softmax(0).tolist() == pytest.approx([0.627148, 0.372852], abs=1e-6)
+    assert PickScore.scale == "bt_logit"

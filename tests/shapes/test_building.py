@@ -146,7 +146,7 @@ def test_a_stage_that_is_done_is_read_not_trained(built: Path) -> None:
 
 def test_preferences_are_learnt(built: Path, tmp_path: Path) -> None:
     """On the pairs it trains on, or the objective has its sign wrong."""
-    few = replace(clip.PREFERENCES, steps=25, learning_rate=3e-3, ema_decay=0.5, **FEW | {"save_every": 25})
+    few = replace(clip.PREFERENCES, steps=60, learning_rate=2e-3, ema_decay=0.5, **FEW | {"save_every": 60})
     result = clip.train_on_preferences(
         tmp_path / "clip", built / "contrastive", built / "shapes-pairs", tmp_path, 0, "cpu", few
     )
