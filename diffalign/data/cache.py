@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,8 +26,10 @@ from diffalign.data.items import CachedPairs
 from diffalign.data.plans import Plan, plan_pair, plan_source, restore_plan
 from diffalign.data.readers import PairSource, PairStream
 from diffalign.data.records import Pair
-from diffalign.data.shards import ShardStore, digest, make_folder
+from diffalign.data.shards import ShardStore, cache_folder, default_cache_dir, digest
 from diffalign.errors import UserError
+
+__all__ = ["build_cache", "default_cache_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _STREAM_CHUNK = 256
 """Pairs of a stream that are held in memory at once."""
-
-
-def default_cache_dir() -> Path:
-    """``$DIFFALIGN_CACHE``, or ``diffalign`` in the user's cache folder."""
-    if "DIFFALIGN_CACHE" in os.environ:
-        return Path(os.environ["DIFFALIGN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffalign"
 
 
 def build_cache(
@@ -84,8 +78,7 @@ def build_cache(
     """
     if latent_dtype not in DTYPES:
         raise UserError(f"latent_dtype {latent_dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    folder = Path(cache_dir or default_cache_dir()).expanduser()
-    make_folder(folder)
+    folder = cache_folder(cache_dir)
     exchange = Exchange(folder / "exchange", rank, world_size, barrier)
     builder = _Builder(
         family=family,

@@ -31,7 +31,7 @@ from diffalign.data.exchange import Exchange
 from diffalign.data.geometry import Geometry, Placement, sizes_tensor
 from diffalign.data.plans import Plan, plan_source
 from diffalign.data.readers import PairSource, PairStream
-from diffalign.data.shards import ShardReader
+from diffalign.data.shards import ShardReader, cache_folder
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
 
@@ -144,7 +144,7 @@ class EncodedOnTheFly(PairItems):
 def encode_on_the_fly(
     source: PairSource | PairStream,
     geometry: Geometry,
-    cache_dir: Path,
+    cache_dir: str | Path | None = None,
     *,
     thorough: bool = False,
     rank: int = 0,
@@ -157,7 +157,8 @@ def encode_on_the_fly(
     Args:
         source: pairs with random access.
         geometry: size, crop and flip.
-        cache_dir: where the looks are remembered (kilobytes; no pixels, no latents); all processes must share it.
+        cache_dir: where the looks are remembered (no pixels, no latents); all processes share it. By default as for
+            :func:`diffalign.data.cache.build_cache`.
         thorough: decode every picture at the look, which also finds damage in the middle of a file.
         rank, world_size, barrier: this process, their number, and a function that returns once all have called it.
 
@@ -169,8 +170,9 @@ def encode_on_the_fly(
             f"{source.name} is streamed, and encoding on the fly needs random access. "
             "Let it be cached, or do not stream it (max_pairs takes a part)."
         )
-    exchange = Exchange(cache_dir / "exchange", rank, world_size, barrier)
-    plans = plan_source(source, cache_dir=cache_dir, exchange=exchange, thorough=thorough, progress=progress)
+    folder = cache_folder(cache_dir)
+    exchange = Exchange(folder / "exchange", rank, world_size, barrier)
+    plans = plan_source(source, cache_dir=folder, exchange=exchange, thorough=thorough, progress=progress)
     exchange.close()
     placements = [geometry.place(plan.id, *plan.sizes) for plan in plans]
     return EncodedOnTheFly(source, plans, placements)

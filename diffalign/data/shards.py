@@ -41,6 +41,20 @@ def digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
+def default_cache_dir() -> Path:
+    """``$DIFFALIGN_CACHE``, or ``diffalign`` in the user's cache folder."""
+    if "DIFFALIGN_CACHE" in os.environ:
+        return Path(os.environ["DIFFALIGN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffalign"
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The folder of a cache, made if need be; the default one for None. Raises UserError where it cannot be made."""
+    folder = Path(cache_dir or default_cache_dir()).expanduser()
+    make_folder(folder)
+    return folder
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder of the cache.
 
