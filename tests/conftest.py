@@ -39,3 +39,11 @@ def tiny_sd_v_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_sdxl_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random SDXL pipeline. Read only."""
     return str(_tiny().tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():  # type: ignore[no-untyped-def]
+    """accelerate keeps one precision for the whole process; each test chooses its own."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -25,6 +25,7 @@ class DemoConfig:
     num_prompts: int = field(96, help="Held-out prompts to compare on; more make the interval narrower.")
     num_rows: int = field(8, help="Rows of the grid.")
     seed: int = field(0, help="Seed of the training run.")
+    max_train_steps: int | None = field(None, help="Fewer steps for a quicker look. Default: the recipe's.")
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_rows <= self.num_prompts:
@@ -86,4 +87,6 @@ def _train(config: DemoConfig) -> Path:
         "overwrite_output_dir": config.overwrite,
         "seed": config.seed,
     }
+    if config.max_train_steps is not None:
+        settings["max_train_steps"] = config.max_train_steps
     return DPOTrainer(from_dict(DPOConfig, settings, "shapes-dpo")).train()

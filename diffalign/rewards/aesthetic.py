@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffalign.assets import resolve
 from diffalign.errors import UserError
 from diffalign.rewards.base import Reward
-from diffalign.rewards.clip import load_model, load_preprocess
+from diffalign.rewards.clip import load_from, load_model, load_preprocess
 
 LAION_WIDTHS = (768, 1024, 128, 64, 16, 1)
 _DROPOUT = (0.2, 0.2, 0.1, 0.0, 0.0)
@@ -108,7 +108,7 @@ class Aesthetic(Reward):
 
     def load(self) -> None:
         head = AestheticHead.from_state_dict(read_weights(self.checkpoint))
-        tower = load_model(CLIPVisionModelWithProjection, self.tower_path)
+        tower = load_tower(self.tower_path)
         wanted, given = head.widths[0], tower.config.projection_dim
         if wanted != given:
             raise UserError(
@@ -137,6 +137,22 @@ class ShapesAesthetic(Aesthetic):
         if tower is None:
             tower = json.loads((Path(resolve(checkpoint)) / "config.json").read_text(encoding="utf-8"))["clip"]
         super().__init__(checkpoint, str(tower), **options)
+
+
+def load_tower(path: str) -> CLIPVisionModelWithProjection:
+    """The image half of a CLIP checkpoint, with its projection, frozen; the text half is not loaded.
+
+    Raises:
+        UserError: it is not there, or not a CLIP.
+    """
+    config = load_from(AutoConfig.from_pretrained, path)
+    if isinstance(config, CLIPConfig):
+        config.vision_config.projection_dim = config.projection_dim  # a whole CLIP keeps it one level up
+        config = config.vision_config
+    if not isinstance(config, CLIPVisionConfig):
+        raise UserError(f"{path!r} is a {config.model_type}, not a CLIP")
+    tower: CLIPVisionModelWithProjection = load_model(CLIPVisionModelWithProjection, path, config=config)
+    return tower
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, PretrainedConfig, PreTrainedModel
 
 from diffalign.assets import resolve
 from diffalign.errors import UserError
@@ -88,8 +88,8 @@ class CLIPReward(Reward):
         logit_scale = model.logit_scale.detach().clone()
         self.model = model.to(self.device, self.dtype)
         self.model.logit_scale.data = logit_scale.to(self.device)
-        self.tokenizer = load_from(CLIPTokenizer.from_pretrained, self.processor)
         self.preprocess = load_preprocess(self.processor)
+        self.tokenizer = load_tokenizer(self.processor, model.config.text_config.vocab_size)
         self.input_size = self.preprocess.crop
 
     def close(self) -> None:
@@ -150,15 +150,16 @@ class ShapesClip(CLIPReward):
     default_checkpoint = "shapes-clip"
 
 
-def load_model(kind: type[PreTrainedModel], checkpoint: str, revision: str | None = None) -> Any:
-    """A frozen model of transformers in float32 and eval mode.
+def load_model(
+    kind: type[PreTrainedModel], checkpoint: str, revision: str | None = None, config: PretrainedConfig | None = None
+) -> Any:
+    """A frozen model of transformers in float32 and eval mode, with the checkpoint's own config or ``config``.
 
     Raises:
         UserError: it is not there, or lacks weights of the model (transformers would draw them at random).
     """
-    model, info = load_from(
-        kind.from_pretrained, checkpoint, revision=revision, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"revision": revision, "config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = load_from(kind.from_pretrained, checkpoint, **options)
     missing, wrong = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys", ())))
     if missing or wrong:
         raise UserError(
@@ -170,6 +171,22 @@ def load_model(kind: type[PreTrainedModel], checkpoint: str, revision: str | Non
             )
         )
     return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(processor: str, vocab_size: int) -> CLIPTokenizer:
+    """The tokenizer of a CLIP.
+
+    Raises:
+        UserError: it is not there, or not of a model of ``vocab_size`` tokens; transformers makes an empty one where
+            its files are missing.
+    """
+    tokenizer = load_from(CLIPTokenizer.from_pretrained, processor)
+    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:
+        raise UserError(
+            f"the tokenizer in {processor!r} has {len(tokenizer)} tokens, but the model has {vocab_size}: it is of "
+            "another model, or its files are missing. Give the place of the right one as processor=."
+        )
+    return tokenizer
 
 
 def load_preprocess(processor: str) -> Preprocess:

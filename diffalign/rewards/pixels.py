@@ -60,12 +60,10 @@ class Preprocess:
         """Images (B, 3, H, W) in [0, 1] to normalised pixels (B, 3, crop, crop), float32.
 
         Args:
-            exact: clamp and round to 8 bits after the resize, as the library does on pictures. Leave it off where a
+            exact: clamp and round to 8 bits in the resize, as the library does on pictures. Leave it off where a
                 gradient is wanted: both have none.
         """
-        pixels = resize_shortest(images.float(), self.size)
-        if exact:
-            pixels = (pixels.clamp(0, 1) * 255).round() / 255
+        pixels = resize_shortest(images.float(), self.size, exact=exact)
         mean, std = (torch.tensor(value, device=pixels.device).view(1, 3, 1, 1) for value in (self.mean, self.std))
         return (center_crop(pixels, self.crop) - mean) / std
 
@@ -73,13 +71,26 @@ class Preprocess:
 _CONSTANTS = (("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD))
 
 
-def resize_shortest(images: Tensor, size: int) -> Tensor:
-    """Resize (B, C, H, W) by antialiased bicubic interpolation so that the shorter side is ``size``."""
+def resize_shortest(images: Tensor, size: int, *, exact: bool = False) -> Tensor:
+    """Resize (B, C, H, W) by antialiased bicubic interpolation so that the shorter side is ``size``.
+
+    ``exact`` keeps values in [0, 1] at 8 bits throughout. Pillow resizes along rows, rounds, and then along columns.
+    """
     height, width = images.shape[-2:]
-    if min(height, width) == size:
-        return images
     target = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    return interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
+    if not exact:
+        return images if min(height, width) == size else _bicubic(images, *target)
+    return _to_8_bits(_bicubic(_to_8_bits(_bicubic(_to_8_bits(images), height, target[1])), *target))
+
+
+def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    return interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def _to_8_bits(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def center_crop(images: Tensor, side: int) -> Tensor:

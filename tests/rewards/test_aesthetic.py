@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import BertConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffalign.errors import UserError
 from diffalign.rewards import load_reward
@@ -146,6 +146,10 @@ def test_wrong_files_are_named(head_path: Path, clip_path: str, tmp_path: Path) 
     torch.save(AestheticHead([6, 8, 5, 4, 3, 1]).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match="takes embeddings of 6, but .* gives 16"):
         Aesthetic(str(tmp_path / "other.pth"), tower=clip_path, device="cpu")(images(1))
+    (tmp_path / "other").mkdir()
+    BertConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="is a bert, not a CLIP"):
+        Aesthetic(str(head_path), tower=str(tmp_path / "other"), device="cpu")(images(1))
     torch.save(AestheticHead([6, 8, 5, 4, 3, 1]), tmp_path / "pickled.pth")
     with pytest.raises(UserError, match="nothing else is loaded"):
         read_weights(str(tmp_path / "pickled.pth"))

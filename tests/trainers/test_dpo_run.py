@@ -132,3 +132,44 @@ def test_no_pairs_left_after_ties_is_an_error_before_training(dpo_config: Any, w
 def test_a_resolution_the_vae_cannot_have_is_an_error(dpo_config: Any) -> None:
     with pytest.raises(UserError, match="divisible by 8"):
         dpo_config(resolution=20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"optimizer": "adafactor", "weight_decay": 0.0},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "scale_lr": True, "learning_rate": 1e-3},
+        {"lora_targets": ["to_q", "ff.net.2"], "lora_alpha": 4.0, "lora_dropout": 0.5},
+        {"aspect_ratio_buckets": "16,16;16,32"},
+        {"random_crop": True, "random_flip": True},
+        {"loss_type": "ipo"},
+        {"loss_type": "robust", "label_smoothing": 0.2},
+        {"dataloader_num_workers": 1},
+        {"use_ema": True, "save_comfyui_lora": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_train(dpo_config: Any, options: dict[str, Any]) -> None:
+    trainer = DPOTrainer(dpo_config(**options))
+    before = {name: p.detach().clone() for name, p in trainer.policy.parameters.items()}
+    run = trainer.train()
+    table = rows(run)
+    assert table[0]["margin"] == 0.0 and table[-1]["margin"] != 0.0
+    assert all(row["skipped_steps"] == 0 for row in table)
+    assert not all(torch.equal(p, before[name]) for name, p in trainer.policy.parameters.items())
+    assert bool(list(run.glob("*_comfyui.safetensors"))) == options.get("save_comfyui_lora", False)
+
+
+def test_checkpointing_changes_memory_not_losses(dpo_config: Any, tmp_path: Path) -> None:
+    plain = rows(DPOTrainer(dpo_config()).train())
+    saved = rows(DPOTrainer(dpo_config(gradient_checkpointing=True, output_dir=str(tmp_path / "other"))).train())
+    assert [r["loss"] for r in saved] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["tiny_sd_path", "tiny_sd_v_path"])
+def test_stable_diffusion_trains_too_in_epsilon_and_v(dpo_config: Any, model: str, request: Any) -> None:
+    config = dpo_config(pretrained_model_name_or_path=str(request.getfixturevalue(model)))
+    table = rows(DPOTrainer(config).train())
+    assert table[0]["loss"] == LN2 and table[1]["loss"] != LN2
