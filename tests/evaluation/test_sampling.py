@@ -245,7 +245,7 @@ def test_two_processes_share_the_work(config: SampleConfig, tmp_path: Path) -> N
     run_sample(changed(config, output_dir=str(tmp_path / "one")))
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--device", "cpu"]
     words += ["--num_inference_steps", "2", "--batch_size", "2", "--output_dir", str(tmp_path / "two")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, "-m", "diffalign", "sample", *words, "--prompts", *PROMPTS], check=True, timeout=600)
     assert pixels(tmp_path / "two") == pixels(tmp_path / "one")
     assert read_rows(tmp_path / "two/samples.jsonl") == read_rows(tmp_path / "one/samples.jsonl")
