@@ -101,6 +101,8 @@ class Trainer(ABC, Generic[Config, Batch]):
             log_with=tracker_names(config.report_to) or None,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
         )
+        if not self.accelerator.is_main_process:
+            logging.getLogger("diffalign").setLevel(logging.ERROR)
         self.checkpoint = open_run_folder(config, self.output_dir, self.accelerator)
         set_seed(config.seed)
         if config.allow_tf32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from diffalign.data.cache import build_cache, default_cache_dir
 from diffalign.data.geometry import Geometry
@@ -22,6 +23,8 @@ from diffalign.diffusion.random import keyed_noise, keyed_uniform
 from diffalign.pipelines import Family
 from diffalign.training.config import PairConfig
 from diffalign.training.loop import Batches
+
+logger = logging.getLogger(__name__)
 
 Text = dict[str, Tensor]
 
@@ -61,7 +64,6 @@ class PairBatches(Batches[PairBatch]):
         self.device = accelerator.device
         self.rank = accelerator.process_index
         self.samples = len(items)
-        self._empty_text = items.empty_text if isinstance(items, CachedPairs) else {}
         self.latent_elements = prod(family.latent_shape(*items.targets[0]))
         self.order = PairOrder(
             items.bucket_of,
@@ -75,7 +77,7 @@ class PairBatches(Batches[PairBatch]):
         sampler = OrderSampler(self.order, start_step=start_step, stop_step=stop_step, rank=self.rank)
         workers = self.config.dataloader_num_workers
         loader = DataLoader(
-            _WithPrompts(self.items) if self.config.train_text_encoder else self.items,
+            self.items,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=workers,
@@ -119,22 +121,12 @@ class PairBatches(Batches[PairBatch]):
                 return {name: torch.cat([value, value]) for name, value in encoded.items()}
 
             return encode
+        assert isinstance(self.items, CachedPairs)
         text: Text = {}
         for name, value in items["text"].items():
-            value[dropped] = self._empty_text[name]
+            value[dropped] = self.items.empty_text[name]
             text[name] = torch.cat([value, value]).to(self.device)
         return lambda: text
-
-
-class _WithPrompts(Dataset[dict[str, Any]]):
-    """Items with their prompts instead of embeddings of them, for text encoders that train."""
-
-    def __init__(self, items: PairItems) -> None:
-        self.items = items
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        return {name: value for name, value in item.items() if name != "text"} | {"prompt": self.items.prompts[index]}
 
 
 def pair_batches(config: PairConfig, family: Family, accelerator: Accelerator) -> PairBatches:
@@ -168,9 +160,12 @@ def pair_batches(config: PairConfig, family: Family, accelerator: Accelerator) -
     }
     items: PairItems
     if config.cache_latents:
-        items = build_cache(source, family, config.cache_dir, geometry=geometry, **processes)
+        encode_text = not config.train_text_encoder
+        items = build_cache(source, family, config.cache_dir, geometry=geometry, encode_text=encode_text, **processes)
         family.free("vae", "text_encoders")
     else:
         cache_dir = Path(config.cache_dir or default_cache_dir())
         items = encode_on_the_fly(source, geometry, cache_dir, **processes)
+        if cut := family.truncated(items.prompts):
+            logger.warning("%d of %d prompts are too long for the text encoders and are cut", len(cut), len(items))
     return PairBatches(items, config, family, accelerator)

@@ -16,10 +16,10 @@ def train(arguments: list[str], output_dir: Path, processes: int) -> list[dict[s
     """Run ``diffalign train dpo`` and return its metrics."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["-m", "diffalign", "train", "dpo", *arguments, "--output_dir", str(output_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
