@@ -197,11 +197,12 @@ class Trainer(ABC, Generic[Config, Batch]):
             reports.append({"loss": loss, **report})
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters.values(), self.config.max_grad_norm)
         metrics = self._reduce(reports, torch.as_tensor(grad_norm))
+        rate = float(self.schedule.get_last_lr()[0])
         self._update(metrics)
         self.step += 1
         seconds = time.perf_counter() - start
         metrics |= {
-            "learning_rate": float(self.schedule.get_last_lr()[0]),
+            "learning_rate": rate,
             "skipped_steps": self.skipped_steps,
             "step_seconds": seconds,
             "data_seconds": waited,

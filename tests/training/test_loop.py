@@ -144,3 +144,37 @@ def test_validation_draws_the_base_once_and_the_policy_beside_it(toy_config: Any
     assert (run / "samples" / "step-0" / "0000.png").read_bytes() == base
     assert (run / "samples" / "step-2" / "0000.png").read_bytes() != base
     assert (run / "samples" / "step-2.png").exists()
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(toy_config: Any, toy_trainer: Any) -> None:
+    config = toy_config(max_train_steps=4, learning_rate=1e-2, lr_warmup_steps=2, lr_scheduler="constant_with_warmup")
+    assert [row["learning_rate"] for row in rows(toy_trainer(config).train())] == [0.0, 0.005, 0.01, 0.01]
+
+
+def test_tensorboard_is_used_where_it_is_installed(toy_config: Any, toy_trainer: Any) -> None:
+    pytest.importorskip("tensorboard")
+    run = toy_trainer(toy_config(max_train_steps=1, report_to=["auto"])).train()
+    assert list((run / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_kill_between_checkpoints_costs_only_the_steps_since(
+    whole_run: Path, toy_config: Any, toy_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if by kill -9 while checkpoint-4 was written: its half-written folder is there, the run is gone."""
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(toy_trainer):
+        def _write_state(self, folder: Path) -> None:
+            super()._write_state(folder)
+            if self.step == 4:
+                (tmp_path / "run" / ".checkpoint-4.half").mkdir()
+                raise Killed
+
+    with pytest.raises(Killed):
+        Dying(toy_config()).train()
+    run = toy_trainer(toy_config(resume_from_checkpoint="latest")).train()
+    assert_same_state(run / "checkpoint-6", whole_run / "checkpoint-6")
+    assert not list(run.glob(".checkpoint-*"))
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
