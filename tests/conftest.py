@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -42,8 +43,11 @@ def tiny_sdxl_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():  # type: ignore[no-untyped-def]
-    """accelerate keeps one precision for the whole process; each test chooses its own."""
+def fresh_process():  # type: ignore[no-untyped-def]
+    """Commands own their process: they choose log levels, and accelerate keeps one precision. Not so between tests."""
+    logger = logging.getLogger("diffalign")
+    level = logger.level
     yield
+    logger.setLevel(level)
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
