@@ -22,8 +22,8 @@ class DemoConfig:
 
     output_dir: Path = field(Path("runs/demo"), help="Folder for the run and the grid.")
     overwrite: bool = field(False, help="Run again where the folder holds an earlier demo.")
-    num_prompts: int = field(96, help="Held-out prompts to compare on; more make the interval narrower.")
-    num_rows: int = field(8, help="Rows of the grid.")
+    num_prompts: int = field(256, help="Held-out prompts to compare on; more make the interval narrower.")
+    num_rows: int = field(6, help="Rows of the grid.")
     seed: int = field(0, help="Seed of the training run.")
     max_train_steps: int | None = field(None, help="Fewer steps for a quicker look. Default: the recipe's.")
 

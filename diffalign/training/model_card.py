@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffalign.assets import BUNDLED
 from diffalign.config import to_dict
 from diffalign.training.config import TrainingConfig
 
@@ -19,14 +20,14 @@ _LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "
 
 _USE = {
     "lora": """from diffusers import AutoPipelineForText2Image
-
-pipe = AutoPipelineForText2Image.from_pretrained("{base}")
+{imports}
+pipe = AutoPipelineForText2Image.from_pretrained({base})
 pipe.load_lora_weights("{folder}")
 image = pipe({prompt!r}).images[0]""",
     "full": """from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
-
+{imports}
 unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")
-pipe = AutoPipelineForText2Image.from_pretrained("{base}", unet=unet)
+pipe = AutoPipelineForText2Image.from_pretrained({base}, unet=unet)
 image = pipe({prompt!r}).images[0]""",
 }
 
@@ -36,8 +37,13 @@ def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan
     prompts = config.validation_prompts or []
     settings = to_dict(config)
     dataset = settings.get("dataset_name")
+    base, imports = f'"{config.pretrained_model_name_or_path}"', ""
+    if config.pretrained_model_name_or_path in BUNDLED:
+        base, imports = f"resolve({base})", "\nfrom diffalign.assets import resolve\n"
+    anew = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
     use = _USE[config.train_mode].format(
-        base=config.pretrained_model_name_or_path,
+        base=base,
+        imports=imports,
         folder=config.hub_model_id or output_dir.name,
         prompt=prompts[0] if prompts else "a photo of a lighthouse at dusk",
     )
@@ -61,7 +67,7 @@ trained with {method} on `{dataset}`: {plan.steps} steps of {plan.effective_batc
 `config.yaml` holds every setting, `metrics.jsonl` one row a step. The same run again:
 
 ```
-diffalign train {method} --config config.yaml --output_dir NEW_FOLDER
+diffalign train {method} --config config.yaml --output_dir NEW_FOLDER{anew}
 ```
 
 | library | version |
