@@ -37,16 +37,8 @@ def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan
     prompts = config.validation_prompts or []
     settings = to_dict(config)
     dataset = settings.get("dataset_name")
-    base, imports = f'"{config.pretrained_model_name_or_path}"', ""
-    if config.pretrained_model_name_or_path in BUNDLED:
-        base, imports = f"resolve({base})", "\nfrom diffalign.assets import resolve\n"
+    use = _how_to_use(config, output_dir)
     anew = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
-    use = _USE[config.train_mode].format(
-        base=base,
-        imports=imports,
-        folder=config.hub_model_id or output_dir.name,
-        prompt=prompts[0] if prompts else "a photo of a lighthouse at dusk",
-    )
     sheets = sorted((output_dir / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     picture = f"\n![base beside trained](samples/{sheets[-1].name})\n" if sheets else ""
     rows = "\n".join(f"| {name} | {version(name)} |" for name in _LIBRARIES)
@@ -94,3 +86,15 @@ diffalign train {method} --config config.yaml --output_dir NEW_FOLDER{anew}
     path = output_dir / "README.md"
     card.save(path)
     return path
+
+
+def _how_to_use(config: TrainingConfig, output_dir: Path) -> str:
+    base, imports = f'"{config.pretrained_model_name_or_path}"', ""
+    if config.pretrained_model_name_or_path in BUNDLED:
+        base, imports = f"resolve({base})", "\nfrom diffalign.assets import resolve\n"
+    return _USE[config.train_mode].format(
+        base=base,
+        imports=imports,
+        folder=config.hub_model_id or output_dir.name,
+        prompt=(config.validation_prompts or ["a photo of a lighthouse at dusk"])[0],
+    )

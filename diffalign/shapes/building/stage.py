@@ -44,6 +44,39 @@ class Schedule:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
 
+class _Progress:
+    """A stage's optimiser, EMA and step, kept in a state file."""
+
+    def __init__(self, name: str, module: nn.Module, schedule: Schedule, work: Path) -> None:
+        self.module, self.path = module, work / f"{name}.pt"
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
+        )
+        self.ema = EMAModel(self.parameters, decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
+        self.step = 0
+        if self.path.exists():
+            state = torch.load(self.path, map_location=self.parameters[0].device, weights_only=True)
+            module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(state["ema"])
+            self.step = state["step"]
+            logger.info("%s: resumed at step %d of %d", name, self.step, schedule.last)
+        self.ema.to(self.parameters[0].device)
+
+    def save(self, on_sample: Callable[[int], None] | None) -> None:
+        """Write the state file, whole or not at all, and show samples of the EMA."""
+        parts = {"module": self.module, "optimizer": self.optimizer, "ema": self.ema}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**state, "step": self.step}, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+        if on_sample is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+            on_sample(self.step)
+            self.ema.restore(self.parameters)
+
+
 def train_stage(
     name: str,
     module: nn.Module,
@@ -57,46 +90,21 @@ def train_stage(
     ``loss_of_step(step)`` must draw its batch from the step alone: then a stage that is stopped and started again
     ends where an uninterrupted one would. State is kept in ``work/<name>.pt``.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
-    )
-    ema = EMAModel(parameters, decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(parameters[0].device)
-    path = work / f"{name}.pt"
-    start = 0
-    if path.exists():
-        state = torch.load(path, map_location=parameters[0].device, weights_only=True)
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        ema.to(parameters[0].device)
-        start = state["step"]
-        logger.info("%s: resumed at step %d of %d", name, start, schedule.last)
-
-    def save(step: int) -> None:
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-        torch.save({**state, "step": step}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-        if on_sample is not None:
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            on_sample(step)
-            ema.restore(parameters)
-
+    progress = _Progress(name, module, schedule, work)
     clock, running = time.monotonic(), []
     module.train()
-    for step in range(start, schedule.last):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        loss = loss_of_step(step)
-        optimizer.zero_grad()
+    while progress.step < schedule.last:
+        for group in progress.optimizer.param_groups:
+            group["lr"] = schedule.rate(progress.step)
+        loss = loss_of_step(progress.step)
+        progress.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        ema.step(parameters)
+        torch.nn.utils.clip_grad_norm_(progress.parameters, 1.0)
+        progress.optimizer.step()
+        progress.ema.step(progress.parameters)
+        progress.step += 1
         running.append(loss.detach())
-        done = step + 1
+        done = progress.step
         if done % schedule.log_every == 0 or done == schedule.last:
             pace = (time.monotonic() - clock) / len(running)
             mean = torch.stack(running).mean().item()
@@ -104,7 +112,7 @@ def train_stage(
             logger.info("%s %d/%d loss %.4f, %.3f s/step, %.0f min left", name, done, schedule.last, mean, pace, left)
             clock, running = time.monotonic(), []
         if done % schedule.save_every == 0 or done == schedule.last:
-            save(done)
+            progress.save(on_sample)
             clock = time.monotonic()
-    ema.copy_to(parameters)
+    progress.ema.copy_to(progress.parameters)
     module.eval()
