@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -65,7 +64,10 @@ def measure(method: str, seed: int, run: Path, prompts: list[str], base: Judgeme
     command = [sys.executable, "-m", "diffalign", "train", method, "--config", f"shapes-{method}"]
     command += ["--seed", str(seed), "--output_dir", str(run), "--overwrite_output_dir"]
     start = time.monotonic()
-    subprocess.run(command, check=True)
+    # wait4 tells of this process alone; getrusage would give the largest of all that ran before.
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(command)} ended with exit code {code}")
     seconds = time.monotonic() - start
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     aligned = judge(draw(prompts, lora=run, progress=f"{method} {seed}"), prompts)
@@ -84,7 +86,7 @@ def measure(method: str, seed: int, run: Path, prompts: list[str], base: Judgeme
         "policy_forward_passes": policy_forward_passes(method, run, len(rows)),
         "train_seconds": round(seconds, 1),
         "step_seconds": round(float(np.median([row["step_seconds"] for row in rows])), 4),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_memory_mib": round(usage.ru_maxrss / 1024),
         "implicit_accuracy": round(float(np.mean([row["implicit_accuracy"] for row in rows[-50:]])), 4)
         if "implicit_accuracy" in rows[-1]
         else None,

@@ -112,7 +112,8 @@ class Trainer(ABC, Generic[Config, Batch]):
             revision=config.revision,
             variant=config.variant,
             vae=config.pretrained_vae_model_name_or_path,
-            dtype=DTYPES[config.mixed_precision],
+            # Weights that train stay in float32, and so does their frozen copy: at the start both must be equal.
+            dtype=DTYPES[config.mixed_precision] if config.train_mode == "lora" else torch.float32,
             device=self.accelerator.device,
         )
         self.batches = self.make_batches()

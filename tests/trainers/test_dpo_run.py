@@ -49,8 +49,11 @@ def test_the_first_loss_is_ln_2_and_then_it_moves(dpo_config: Any) -> None:
     assert table[1]["loss"] != LN2 and table[1]["margin"] != 0.0
 
 
-def test_full_fine_tuning_starts_at_ln_2_against_its_frozen_copy(dpo_config: Any) -> None:
-    table = rows(DPOTrainer(dpo_config(train_mode="full", learning_rate=1e-3)).train())
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_full_fine_tuning_starts_at_ln_2_against_its_frozen_copy(dpo_config: Any, precision: str) -> None:
+    trainer = DPOTrainer(dpo_config(train_mode="full", learning_rate=1e-3, mixed_precision=precision))
+    assert {p.dtype for p in trainer.policy.parameters.values()} == {torch.float32}
+    table = rows(trainer.train())
     assert table[0]["loss"] == LN2 and table[1]["loss"] != LN2
 
 
