@@ -57,9 +57,10 @@ class Policy:
                 self.modules |= family.text_encoders
             self._add_adapters()
         else:
+            family.denoiser.to(torch.float32)
             if needs_reference:
                 self._frozen = copy.deepcopy(family.denoiser).requires_grad_(False).to(accelerator.device)
-            family.denoiser.to(torch.float32).requires_grad_(True)
+            family.denoiser.requires_grad_(True)
         self._apply_options()
         self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
         self.ema: EMAModel | None = None

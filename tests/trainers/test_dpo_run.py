@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from diffalign.errors import UserError
 from diffalign.evaluation.draw import sample_images
@@ -52,7 +52,9 @@ def test_the_first_loss_is_ln_2_and_then_it_moves(dpo_config: Any) -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_full_fine_tuning_starts_at_ln_2_against_its_frozen_copy(dpo_config: Any, precision: str) -> None:
     trainer = DPOTrainer(dpo_config(train_mode="full", learning_rate=1e-3, mixed_precision=precision))
-    assert {p.dtype for p in trainer.policy.parameters.values()} == {torch.float32}
+    stored = UNet2DConditionModel.from_pretrained(trainer.config.pretrained_model_name_or_path, subfolder="unet")
+    trained = trainer.policy.parameters
+    assert all(torch.equal(p, trained[f"unet.{name}"]) for name, p in stored.named_parameters()), "rounded to bf16"
     table = rows(trainer.train())
     assert table[0]["loss"] == LN2 and table[1]["loss"] != LN2
 
