@@ -98,25 +98,24 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class PairConfig(TrainingConfig):
-    """The settings of every method that learns from preference pairs."""
+class DataConfig(TrainingConfig):
+    """The settings of every method that learns from images on disk: pairs, or single ones."""
 
     # Data
-    dataset_name: str = field(help="Pairs: a folder, a parquet or JSONL file, a hub id, or the bundled shapes-pairs.")
+    dataset_name: str = field(help="Data: a folder, a parquet or JSONL file, a hub id, or the bundled shapes-pairs.")
     dataset_config_name: str | None = field(None, help="Configuration of the hub data set.")
     dataset_split: str = field("train", help="Split to train on.")
     columns: dict[str, str] | None = field(None, help="Column names, where they differ: {prompt: my_caption, ...}.")
-    ties: Literal["drop", "keep", "error"] = field("drop", help="What to do with undecided pairs.")
-    max_train_samples: int | None = field(None, help="Use only the first so many pairs.")
+    max_train_samples: int | None = field(None, help="Use only the first so many samples.")
     max_bad_rows: int = field(10, help="Skip and list up to this many unreadable rows; more is an error.")
     streaming: bool = field(False, help="Read a hub data set as a stream instead of downloading it first.")
     resolution: int | None = field(None, help="Side of the training images in pixels. Default: the model's own.")
     aspect_ratio_buckets: str | None = field(
         None, help="Several sizes instead of one square: auto, or a list such as '1024,1024;832,1216' (height,width)."
     )
-    random_crop: bool = field(False, help="Crop at a random place instead of the centre; both images alike.")
-    random_flip: bool = field(False, help="Flip half of the pairs; both images alike.")
-    proportion_empty_prompts: float = field(0.0, help="Share of pairs trained with an empty prompt, for guidance.")
+    random_crop: bool = field(False, help="Crop at a random place instead of the centre; both images of a pair alike.")
+    random_flip: bool = field(False, help="Flip half of the images; both of a pair alike.")
+    proportion_empty_prompts: float = field(0.0, help="Share of samples trained with an empty prompt, for guidance.")
     cache_latents: bool = field(True, help="Encode images and prompts once, to disk, and free VAE and text encoders.")
     cache_dir: str | None = field(None, help="Where caches live, shared by runs. Default: ~/.cache/diffalign.")
 
@@ -130,3 +129,10 @@ class PairConfig(TrainingConfig):
         if self.resolution is not None and self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise UserError(f"resolution must be divisible by 8, got {self.resolution}; the nearest is {near}")
+
+
+@dataclass(kw_only=True)
+class PairConfig(DataConfig):
+    """The settings of every method that learns from preference pairs."""
+
+    ties: Literal["drop", "keep", "error"] = field("drop", help="What to do with undecided pairs.")
