@@ -12,18 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffalign.rewards.base import Reward, RewardError, RewardOutput
+    from diffalign.rewards.base import Reward, RewardCard, RewardError, RewardOutput
     from diffalign.rewards.registry import load_reward, register
 
 _EXPORTS = {
     "Reward": "base",
+    "RewardCard": "base",
     "RewardError": "base",
     "RewardOutput": "base",
     "load_reward": "registry",
     "register": "registry",
 }
 
-__all__ = ["Reward", "RewardError", "RewardOutput", "load_reward", "register"]
+__all__ = ["Reward", "RewardCard", "RewardError", "RewardOutput", "load_reward", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,43 +10,59 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError, UserError
+from diffalign.errors import UserError, did_you_mean
+from diffalign.rewards.identity import code_of, describe, digest, options_of
+from diffalign.rewards.inputs import (
+    GroupIds,
+    Images,
+    Metadata,
+    as_group_ids,
+    as_pictures,
+    as_prompts,
+    as_rows,
+    as_tensors,
+)
+from diffalign.rewards.output import RewardError, RewardOutput, Scores, as_output, merge
+
+__all__ = [
+    "FunctionReward",
+    "GroupIds",
+    "Images",
+    "Metadata",
+    "Reward",
+    "RewardCard",
+    "RewardError",
+    "RewardOutput",
+    "Scores",
+]
 
 logger = logging.getLogger(__name__)
 
-Images: TypeAlias = Tensor | Sequence[Image.Image] | Sequence[Tensor]
-Metadata: TypeAlias = Sequence[Mapping[str, Any]]
-Scores: TypeAlias = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-_SLACK = 0.01
+OFFLOAD = ("none", "cpu_between_calls")
 
 
-class RewardError(DiffalignError):
-    """A reward could not score an image, or returned what is no score."""
+@dataclass(frozen=True)
+class RewardCard:
+    """What there is to know about a reward before it is loaded. Fields as the attributes of :class:`Reward`."""
 
-
-@dataclass
-class RewardOutput:
-    """Scores of N images.
-
-    Attributes:
-        rewards: (N,) float32; NaN where ``valid`` is False.
-        details: further values of each image by name, (N,) or (N, K) float32.
-        valid: (N,) bool.
-        messages: for each image why it has no score, or None.
-    """
-
-    rewards: Tensor
-    details: dict[str, Tensor] = field(default_factory=dict)
-    valid: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
-    messages: list[str | None] = field(default_factory=list)
+    name: str
+    summary: str = ""
+    scale: str = "unbounded"
+    typical: tuple[float, float] | None = None
+    differentiable: bool = False
+    uses_prompt: bool = True
+    mode: str = "pointwise"
+    input_size: int | None = None
+    memory_gb: float | None = None
+    licence: str = ""
+    hacks: tuple[str, ...] = ()
 
 
 class Reward(ABC):
@@ -60,26 +76,42 @@ class Reward(ABC):
         differentiable: ``score`` keeps the gradient with respect to the images.
         uses_prompt: prompts must be given.
         required_metadata: keys that each image's metadata must have.
-        mode: "pointwise": the score of an image does not depend on the others of the call.
+        mode: "pointwise": the score of an image does not depend on the others of the call. "groupwise": it depends on
+            those of its group, which are always scored together.
         scale: "bt_logit" (a difference d is preferred with probability sigmoid(d)), "cosine", "rating", "probability"
             or "unbounded".
         typical: range of usual mean scores; a mean outside is warned of once, since wrong preprocessing shows so.
         input_size: side in pixels that images are resized to, None for any.
         takes: what ``score`` is given: "tensor" (float (n, 3, H, W) in [0, 1]) or "pil" (a list of RGB images).
+        memory_gb: of the published weights in half precision, in GB; None where there are none to speak of.
+        licence: of the published weights, or of the code where there are none.
+        hacks: how training on it is known to go wrong, a short sentence each.
+        weights: names of instance attributes that hold the file, folder or hub id of what the scores depend on.
         batch_size: images given to ``score`` at once; scores do not depend on it.
     """
 
     name: str = ""
     version: str = "1"
     summary: str = ""
-    differentiable: ClassVar[bool] = False
-    uses_prompt: ClassVar[bool] = True
+    differentiable: bool = False
+    uses_prompt: bool = True
     required_metadata: tuple[str, ...] = ()
-    mode: ClassVar[Literal["pointwise"]] = "pointwise"
-    scale: ClassVar[Literal["bt_logit", "cosine", "rating", "probability", "unbounded"]] = "unbounded"
+    mode: Literal["pointwise", "groupwise"] = "pointwise"
+    scale: Literal["bt_logit", "cosine", "rating", "probability", "unbounded"] = "unbounded"
     typical: tuple[float, float] | None = None
     input_size: int | None = None
-    takes: ClassVar[Literal["tensor", "pil"]] = "tensor"
+    takes: Literal["tensor", "pil"] = "tensor"
+    memory_gb: float | None = None
+    licence: str = ""
+    hacks: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ("checkpoint", "processor", "tower_path")
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__new__(cls)
+        made._arguments = (args, kwargs)  # the identity depends on them, whatever a subclass makes of them
+        return made
 
     def __init__(
         self,
@@ -87,18 +119,38 @@ class Reward(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
+        offload: Literal["none", "cpu_between_calls"] = "none",
     ) -> None:
+        """
+        Args:
+            device: where the models run; a GPU if there is one by default.
+            dtype: of the models; scores are float32 whatever it is.
+            batch_size: images given to ``score`` at once.
+            offload: "cpu_between_calls" moves the models to the CPU after each call and back for the next.
+
+        Raises:
+            UserError: batch_size below 1, or an unknown offload.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size of the reward {self.name} must be at least 1, got {batch_size}")
+        if offload not in OFFLOAD:
+            raise UserError(
+                f"offload of the reward {self.name} is {offload!r}.{did_you_mean(offload, OFFLOAD)} "
+                f"Choose one of {', '.join(OFFLOAD)}."
+            )
         self.device = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype
         self.batch_size = batch_size
+        self.offload = offload
         self._loaded = False
         self._warned = False
+        self._identity = ""
 
     @abstractmethod
     def score(self, images: Any, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Scores:
         """Score a small batch of images of one size.
+
+        A groupwise reward is also given ``group_ids``, a list of ints, and gets whole groups.
 
         Args:
             images: as :attr:`takes` says; a tensor is float32 on :attr:`device`.
@@ -106,7 +158,8 @@ class Reward(ABC):
             metadata: one for each image; empty where none was given.
 
         Returns:
-            (n,) scores, or these and named details of each image.
+            (n,) scores, or these and named details of each image; or a :class:`RewardOutput`, where some images cannot
+            be scored: ``valid`` False, and a message that says why.
         """
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027
@@ -121,16 +174,48 @@ class Reward(ABC):
             if isinstance(value, nn.Module):
                 delattr(self, name)
         self._loaded = False
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty_cache(self.device)
 
     def to(self, device: torch.device | str) -> Reward:
         """Move the models. Returns self."""
         self.device = torch.device(device)
+        self._move_models(self.device)
+        return self
+
+    def park(self) -> None:
+        """Move the models to the CPU, whatever ``offload`` says; the next call brings them back."""
+        self._move_models(torch.device("cpu"))
+        _empty_cache(self.device)
+
+    def _move_models(self, device: torch.device) -> None:
         for value in vars(self).values():
             if isinstance(value, nn.Module):
-                value.to(self.device)
-        return self
+                value.to(device)
+
+    @property
+    def identity(self) -> str:
+        """``name/version/fingerprint``: equal for scorers that give equal scores, kept with every stored score.
+
+        The fingerprint is of the options given, of the dtype, of the weights (local ones by content, those of the hub
+        by id and revision), and of the code of a reward that is not part of diffalign. It is taken once.
+        """
+        if not self._identity:
+            kind = type(self)
+            parts: dict[str, Any] = {"dtype": str(self.dtype)}
+            parts["options"] = describe(options_of(kind, *self._arguments))
+            parts["weights"] = {name: describe(getattr(self, name)) for name in self.weights if hasattr(self, name)}
+            if not kind.__module__.startswith("diffalign."):
+                parts["code"] = code_of(kind)
+            self._identity = f"{self.name}/{self.version}/{digest(parts)}"
+        return self._identity
+
+    @classmethod
+    def card(cls, name: str = "") -> RewardCard:
+        """What is known about it without loading it; ``name`` where the registry knows it by another one."""
+        known = {key: getattr(cls, key) for key in RewardCard.__dataclass_fields__}
+        known["name"] = name or cls.name
+        known["summary"] = cls.summary or (cls.__doc__ or "").strip().partition("\n")[0]
+        return RewardCard(**known)
 
     def __call__(
         self,
@@ -138,6 +223,7 @@ class Reward(ABC):
         prompts: Sequence[str] | str | None = None,
         metadata: Metadata | None = None,
         *,
+        group_ids: GroupIds | None = None,
         grad: bool = False,
     ) -> RewardOutput:
         """Score N images.
@@ -147,7 +233,9 @@ class Reward(ABC):
                 of any sizes.
             prompts: N prompts, or one for all.
             metadata: N mappings.
-            grad: keep the gradient with respect to the images.
+            group_ids: (N,) whole numbers, equal for the images of one group; only a groupwise reward needs them.
+            grad: keep the gradient with respect to the images. The models then stay on their device, whatever
+                ``offload`` says, since the backward pass needs them there.
 
         Returns:
             Scores on the device of the images; on the CPU for PIL images.
@@ -155,115 +243,84 @@ class Reward(ABC):
         Raises:
             UserError: the images are not in range or not of this form, or numbers do not fit; before a model is run.
             TypeError: ``grad`` for a reward that is not differentiable.
-            RewardError: the reward returned something that is no score.
+            RewardError: the reward returned something that is no score. Any other exception of the reward is passed on
+                as it is: see :mod:`diffalign.rewards.failures` for what to do about them.
         """
         if grad and not self.differentiable:
             raise TypeError(f"the reward {self.name} is not differentiable: no gradient can pass through it")
         if isinstance(images, Image.Image):
             raise UserError(f"the reward {self.name} takes a list of PIL images, got a single one")
         count = len(images)
-        texts, rows = self._texts(prompts, count), self._rows(metadata, count)
-        ready = _tensors(images, self.name) if self.takes == "tensor" else _pictures(images, self.name)
+        texts = as_prompts(prompts, count, self.name, needed=self.uses_prompt)
+        rows = as_rows(metadata, count, self.name, self.required_metadata)
+        groups = as_group_ids(group_ids, count, self.name, needed=self.mode == "groupwise")
+        ready = (as_tensors if self.takes == "tensor" else as_pictures)(images, self.name)
         target = images.device if isinstance(images, Tensor) else _device_of(images)
         if not count:
             return RewardOutput(torch.zeros(0, device=target), valid=torch.ones(0, dtype=torch.bool, device=target))
+        batch = _Batch(ready, texts, rows, groups if self.mode == "groupwise" else None)
         if not self._loaded:
             self.load()
             self._loaded = True
-        self.check_prompts(texts)
-        with torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
-            rewards, details = self._in_batches(ready, texts, rows, target)
-        self._check(rewards)
-        return RewardOutput(rewards, details, torch.ones(count, dtype=torch.bool, device=target), [None] * count)
+        elif self.offload != "none":
+            self._move_models(self.device)
+        try:
+            self.check_prompts(texts)
+            with torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
+                output = self._in_batches(batch, target)
+        finally:
+            if self.offload != "none" and not grad:
+                self.park()
+        self._check(output)
+        return output
 
-    def _texts(self, prompts: Sequence[str] | str | None, count: int) -> list[str]:
-        if prompts is None:
-            if self.uses_prompt and count:
-                raise UserError(f"the reward {self.name} needs the prompts of the images")
-            return [""] * count
-        texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
-        if len(texts) != count:
-            raise UserError(f"the reward {self.name} was given {count} images but {len(texts)} prompts")
-        return texts
+    def _in_batches(self, batch: _Batch, target: torch.device) -> RewardOutput:
+        """Score images of one size together, at most ``batch_size`` at once, and put the scores back in order.
 
-    def _rows(self, metadata: Metadata | None, count: int) -> list[Mapping[str, Any]]:
-        rows: list[Mapping[str, Any]] = list(metadata) if metadata is not None else [{}] * count
-        if len(rows) != count:
-            raise UserError(f"the reward {self.name} was given {count} images but metadata of {len(rows)}")
-        for index, row in enumerate(rows):
-            lacking = [key for key in self.required_metadata if key not in row]
-            if lacking:
-                raise UserError(f"the reward {self.name} needs {lacking[0]!r} in the metadata of image {index}")
-        return rows
-
-    def _in_batches(
-        self, images: list[Any], texts: list[str], rows: list[Mapping[str, Any]], target: torch.device
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score images of one size together, at most ``batch_size`` at once, and put the scores back in order."""
+        A group is never divided: one larger than ``batch_size`` is a batch of its own.
+        """
         order: list[int] = []
-        parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
-        todo = [indices for indices in self._buckets(images) if indices]
+        parts: list[RewardOutput] = []
+        todo = batch.units(self.name, by_size=self.takes == "tensor")
         while todo:
-            indices = todo.pop(0)
-            now, later = indices[: self.batch_size], indices[self.batch_size :]
+            units = todo[0]
+            taken = _fitting(units, self.batch_size)
+            now = [index for unit in units[:taken] for index in unit]
             try:
-                part = self._score(now, images, texts, rows)
+                part = self._score(now, batch)
             except torch.cuda.OutOfMemoryError:
-                if len(now) == 1:
+                if taken == 1:
                     raise
                 self.batch_size = math.ceil(len(now) / 2)
                 logger.warning("%s: out of memory, going on with batches of %d", self.name, self.batch_size)
                 torch.cuda.empty_cache()
-                todo.insert(0, indices)
                 continue
             parts.append(part)
             order += now
-            if later:
-                todo.insert(0, later)
-        back = torch.tensor(order).argsort().to(target)
-        names = parts[0][1]
-        merged = {name: torch.cat([details[name].to(target) for _, details in parts])[back] for name in names}
-        return torch.cat([scores.to(target) for scores, _ in parts])[back], merged
+            todo[0] = units[taken:]
+            if not todo[0]:
+                todo.pop(0)
+        return merge(parts, order, target, self.name)
 
-    def _buckets(self, images: list[Any]) -> list[list[int]]:
-        if self.takes == "pil":
-            return [list(range(len(images)))]
-        sizes: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            sizes.setdefault(tuple(image.shape), []).append(index)
-        return list(sizes.values())
-
-    def _score(
-        self, indices: list[int], images: list[Any], texts: list[str], rows: list[Mapping[str, Any]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen: Any = [images[i] for i in indices]
+    def _score(self, indices: list[int], batch: _Batch) -> RewardOutput:
+        chosen: Any = [batch.images[i] for i in indices]
         if self.takes == "tensor":
             chosen = torch.stack(chosen).to(self.device)
-        result = self.score(chosen, [texts[i] for i in indices], [rows[i] for i in indices])
-        scores, details = result if isinstance(result, tuple) else (result, {})
-        values = {name: _as_tensor(value, self.name) for name, value in details.items()}
-        rewards = _as_tensor(scores, self.name)
-        if rewards.shape != (len(indices),):
-            raise RewardError(
-                f"the reward {self.name} returned scores of shape {tuple(rewards.shape)} for {len(indices)} images; "
-                f"expected ({len(indices)},)"
-            )
-        for name, value in values.items():
-            if value.shape[:1] != (len(indices),):
-                raise RewardError(
-                    f"the reward {self.name} returned {name!r} for {len(value)} of {len(indices)} images"
-                )
-        return rewards, values
+        texts, rows = [batch.texts[i] for i in indices], [batch.rows[i] for i in indices]
+        extra = {} if batch.groups is None else {"group_ids": [batch.groups[i] for i in indices]}
+        return as_output(self.score(chosen, texts, rows, **extra), len(indices), self.name, self.device)
 
-    def _check(self, rewards: Tensor) -> None:
-        bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    def _check(self, output: RewardOutput) -> None:
+        bad = (~torch.isfinite(output.rewards) & output.valid).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
-                f"the reward {self.name} scored image {bad[0]} as {rewards[bad[0]].item()} "
-                f"({len(bad)} of {len(rewards)} scores are not finite)"
+                f"the reward {self.name} scored image {bad[0]} as {output.rewards[bad[0]].item()} "
+                f"({len(bad)} of {len(output.rewards)} scores are not finite)"
             )
-        mean = rewards.mean().item()
-        if self.typical and not self._warned and not self.typical[0] <= mean <= self.typical[1]:
+        if not self.typical or self._warned or not output.valid.any():
+            return
+        mean = output.rewards[output.valid].mean().item()
+        if not self.typical[0] <= mean <= self.typical[1]:
             self._warned = True
             logger.warning(
                 "%s: a mean score of %.3g is outside its usual range %g to %g. Are the images RGB in [0, 1]? Is it "
@@ -278,11 +335,12 @@ class FunctionReward(Reward):
     """A plain function ``f(images, prompts, metadata)`` as a reward.
 
     It gets float images (n, 3, H, W) in [0, 1] and returns n scores as a tensor, array or list; or a pair of these and
-    a mapping of named details.
+    a mapping of named details; or a :class:`RewardOutput`.
     """
 
     def __init__(self, function: Any, name: str | None = None, **options: Any) -> None:
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.summary = (getattr(function, "__doc__", None) or "").strip().partition("\n")[0]
         super().__init__(**options)
         self.function = function
 
@@ -291,58 +349,42 @@ class FunctionReward(Reward):
         return result
 
 
-def _as_tensor(values: Any, name: str) -> Tensor:
-    if not isinstance(values, Tensor):
-        try:
-            values = torch.as_tensor(np.asarray(values, dtype=np.float64))
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"the reward {name} returned {values!r:.80}, which are no scores: {error}") from error
-    return values.float()
+@dataclass(frozen=True)
+class _Batch:
+    """What one call was given; lists of N."""
+
+    images: list[Any]
+    texts: list[str]
+    rows: list[Mapping[str, Any]]
+    groups: list[int] | None
+
+    def units(self, name: str, *, by_size: bool) -> list[list[list[int]]]:
+        """Indices that go together, an image or a group each, in lists of units of one size."""
+        together: dict[int, list[int]] = {}
+        for index in range(len(self.images)):
+            together.setdefault(index if self.groups is None else self.groups[index], []).append(index)
+        sizes: dict[tuple[int, ...], list[list[int]]] = {}
+        for group, unit in together.items():
+            shapes = {tuple(self.images[index].shape) if by_size else () for index in unit}
+            if len(shapes) > 1:
+                raise UserError(f"group {group} for the reward {name} has images of several sizes: {sorted(shapes)}")
+            sizes.setdefault(shapes.pop(), []).append(unit)
+        return list(sizes.values())
 
 
-def _tensors(images: Any, name: str) -> list[Tensor]:
-    """Float images (3, H, W) in [0, 1]."""
-    if isinstance(images, np.ndarray):
-        raise UserError(f"the reward {name} takes a tensor (N, 3, H, W) in [0, 1] or PIL images, not a numpy array")
-    if isinstance(images, Tensor) and images.ndim != 4:
-        advice = "; add a dimension in front for one image" if images.ndim == 3 else ""
-        raise UserError(
-            f"the reward {name} takes images (N, 3, H, W), got a tensor of shape {tuple(images.shape)}{advice}"
-        )
-    return [_tensor(image, index, name) for index, image in enumerate(images)]
-
-
-def _tensor(image: Tensor | Image.Image, index: int, name: str) -> Tensor:
-    if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    if not isinstance(image, Tensor):
-        raise UserError(f"image {index} for the reward {name} is a {type(image).__name__}, not a tensor or PIL image")
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise UserError(f"image {index} for the reward {name} has shape {tuple(image.shape)}, expected (3, H, W)")
-    if image.dtype == torch.uint8:
-        return image.float() / 255
-    if not image.is_floating_point():
-        raise UserError(f"image {index} for the reward {name} is {image.dtype}; give floats in [0, 1] or uint8")
-    low, high = (value.item() for value in torch.aminmax(image.detach()))
-    if not (low >= -_SLACK and high <= 1 + _SLACK):
-        advice = "they are not finite" if not math.isfinite(low + high) else "divide by 255"
-        if -1 - _SLACK <= low < -_SLACK and high <= 1 + _SLACK:
-            advice = "from [-1, 1], convert by images / 2 + 0.5"
-        raise UserError(
-            f"image {index} for the reward {name} has values from {low:.3g} to {high:.3g}, expected [0, 1]: {advice}"
-        )
-    return image.float()
-
-
-def _pictures(images: Images, name: str) -> list[Image.Image]:
-    """RGB PIL images."""
-    if not isinstance(images, Tensor) and all(isinstance(image, Image.Image) for image in images):
-        return [image.convert("RGB") for image in images]  # type: ignore[union-attr]
-    return [
-        Image.fromarray((image.detach() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
-        for image in _tensors(images, name)
-    ]
+def _fitting(units: list[list[int]], batch_size: int) -> int:
+    """How many units of the front fit into a batch: at least one."""
+    total, taken = 0, 0
+    while taken < len(units) and (not taken or total + len(units[taken]) <= batch_size):
+        total += len(units[taken])
+        taken += 1
+    return taken
 
 
 def _device_of(images: Sequence[Any]) -> torch.device:
     return images[0].device if len(images) and isinstance(images[0], Tensor) else torch.device("cpu")
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.rewards import Reward, RewardError
+from diffalign.rewards import Reward, RewardError, RewardOutput
 from diffalign.rewards.base import FunctionReward
 
 
@@ -230,3 +230,59 @@ def test_models_are_let_go_and_loaded_again() -> None:
     assert not hasattr(reward, "weight")
     assert torch.equal(reward(torch.stack(images((4, 4))), "x").rewards, first)
     assert reward.to("cpu").device == torch.device("cpu")
+
+
+class Rank(Reward):
+    """Place of an image's mean within its group, 0 the darkest; remembers the groups it was given."""
+
+    name = "rank"
+    mode = "groupwise"
+    uses_prompt = False
+
+    def load(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def score(
+        self, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]], *, group_ids: list[int]
+    ) -> Tensor:
+        self.batches.append(group_ids)
+        means, groups = images.mean((1, 2, 3)), torch.tensor(group_ids)
+        return ((means[:, None] > means) & (groups[:, None] == groups)).sum(1)
+
+
+def test_groups_stay_together_whatever_the_batch_size() -> None:
+    batch = torch.stack(images(*[(4, 4)] * 9))
+    groups = [5, 7, 5, 7, 7, 2, 5, 2, 7]
+    expected = Rank(batch_size=32)(batch, group_ids=groups).rewards
+    for batch_size, batches in ((1, [[5] * 3, [7] * 4, [2] * 2]), (6, [[5] * 3, [7] * 4 + [2] * 2])):
+        reward = Rank(batch_size=batch_size)
+        assert torch.equal(reward(batch, group_ids=torch.tensor(groups)).rewards, expected)
+        assert reward.batches == batches
+    order = torch.tensor([8, 5, 0, 1, 7, 3, 2, 4, 6])
+    assert torch.equal(Rank()(batch[order], group_ids=[groups[i] for i in order]).rewards, expected[order])
+    assert sorted(expected.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+
+
+def test_wrong_groups_are_named() -> None:
+    batch = torch.stack(images((4, 4), (4, 4)))
+    with pytest.raises(UserError, match="rank compares the images of a group: give group_ids"):
+        Rank()(batch)
+    with pytest.raises(UserError, match="2 images but 1 group_ids"):
+        Rank()(batch, group_ids=[0])
+    with pytest.raises(UserError, match=r"group_ids\[1\] .* 0.5"):
+        Rank()(batch, group_ids=[0, 0.5])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="group 3 .* several sizes"):
+        Rank()(images((4, 4), (6, 4)), group_ids=[3, 3])
+    assert Rank()(torch.zeros(0, 3, 4, 4), group_ids=[]).rewards.shape == (0,)
+
+
+def test_an_image_that_cannot_be_scored_is_marked_with_its_reason() -> None:
+    def partly(images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> RewardOutput:
+        good = torch.tensor([prompt != "bad" for prompt in prompts])
+        return RewardOutput(torch.ones(len(images)), valid=good, messages=[None if ok else "no text" for ok in good])
+
+    prompts = ["a", "bad", "b", "bad", "c"]
+    output = FunctionReward(partly, batch_size=2)(torch.stack(images(*[(4, 4)] * 5)), prompts)
+    assert output.valid.tolist() == [True, False, True, False, True]
+    assert output.messages == [None, "no text", None, "no text", None]
+    assert output.rewards.isnan().tolist() == [False, True, False, True, False]
