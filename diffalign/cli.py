@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("diffalign.app.train:main", "fine-tune a model with a method: diffalign train dpo --config FILE"),
     "sample": ("diffalign.app.evaluate:sample", "draw images of one model for a list of prompts"),
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
+    "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
     "doctor": ("diffalign.app.doctor:main", "tell what is installed, what works and what would break"),
     "recipes": ("diffalign.app.recipes:main", "list, show and copy the configs that come with diffalign"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 
 def set_up(level: int = logging.INFO) -> None:
@@ -19,3 +20,9 @@ def set_up(level: int = logging.INFO) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def plain_flags(argv: Sequence[str], first: str) -> list[str]:
+    """The words of a command as flags of its config: a first word without a flag is ``first``, --out is --output_dir."""
+    words = [word.replace("--out", "--output_dir", 1) if word.partition("=")[0] == "--out" else word for word in argv]
+    return words if not words or words[0].startswith("-") else [f"--{first}", *words]
