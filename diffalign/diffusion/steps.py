@@ -18,9 +18,10 @@ lcm            sigma_{i+1}                                                      
 =============  ==================================================================  ==================================
 
 ddim: Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; eta 0 is the probability-flow ODE (Euler, for a flow).
-cps: Flow-CPS, arXiv 2509.05952; it keeps the level of noise, not the distribution. flow_sde: Flow-GRPO, Liu et al. 2025,
-arXiv 2505.05470, with sigma_1 for the sigma_0 = 1 that would divide by zero, as its authors run it. dance: DanceGRPO,
-arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378. flow_sde and dance are for rectified flow, alpha = 1 - sigma.
+cps: Flow-CPS, arXiv 2509.05952; it keeps the level of noise, not the distribution. flow_sde: Flow-GRPO, Liu et al.
+2025, arXiv 2505.05470, with sigma_1 for the sigma_0 = 1 that would divide by zero, as its authors run it. dance:
+DanceGRPO, arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378. flow_sde and dance are for rectified flow, where
+alpha = 1 - sigma.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Family(ABC):
     @cached_property
     def noise_process(self) -> NoiseProcess:
         """The process the checkpoint was trained with: betas, prediction type, terminal SNR."""
-        return from_scheduler_config(self._scheduler_config)
+        return from_scheduler_config(self.scheduler_config)
 
     @property
     def resolution_multiple(self) -> int:
@@ -200,7 +200,8 @@ class Family(ABC):
         raise ValueError(f"fingerprint is for 'vae' or 'text_encoders', not {part!r}.")
 
     @cached_property
-    def _scheduler_config(self) -> dict[str, Any]:
+    def scheduler_config(self) -> dict[str, Any]:
+        """The checkpoint's ``scheduler_config.json``."""
         return load_config(DDPMScheduler, self.folder, "scheduler")
 
     @cached_property
@@ -249,6 +250,10 @@ class Family(ABC):
         Returns:
             Tensors whose first dimension is B, under the keys that :meth:`predict` expects, in :attr:`dtype`.
         """
+
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """What the pipeline puts in the place of a prompt for guidance where no negative prompt is given: one row."""
+        return self.encode_prompts([""])
 
     @abstractmethod
     def predict(
@@ -334,7 +339,7 @@ class Family(ABC):
         parts = {self.denoiser_part: self.denoiser, "vae": self.vae, **self.text_encoders}
         parts |= {name.replace("text_encoder", "tokenizer"): value for name, value in self.tokenizers.items()}
         parts |= dict.fromkeys(self.unused_parts)
-        parts["scheduler"] = make_scheduler(scheduler or index["scheduler"][1], self._scheduler_config)
+        parts["scheduler"] = make_scheduler(scheduler or index["scheduler"][1], self.scheduler_config)
         known = inspect.signature(self.pipeline_class.__init__).parameters
         options = {key: value for key, value in index.items() if key in known and not isinstance(value, list)}
         pipe = self.pipeline_class(**{**options, **parts, **self._pipeline_options()})

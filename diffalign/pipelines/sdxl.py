@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.pipelines.base import Family
+from diffalign.pipelines.files import load_config
 from diffalign.pipelines.kohya import KohyaNames
 from diffalign.pipelines.prompts import tokenize, warn_truncated
 
@@ -26,8 +27,8 @@ class StableDiffusionXL(Family):
     output of the second.
 
     An empty prompt is *encoded*, as in the diffusers training scripts. The pipeline does otherwise for its negative
-    prompt: if none is given and the checkpoint has ``force_zeros_for_empty_prompt`` (SDXL base has), it takes zeros.
-    For prompts dropped to that end, use ``torch.zeros_like`` of these tensors.
+    prompt: if none is given and the checkpoint has ``force_zeros_for_empty_prompt`` (SDXL base has), it takes zeros;
+    :meth:`encode_unconditional` does as the pipeline does.
     """
 
     name = "sdxl"
@@ -61,6 +62,11 @@ class StableDiffusionXL(Family):
             "prompt_embeds": torch.cat(hidden, dim=-1).to(self.dtype),
             "pooled_prompt_embeds": pooled.to(self.dtype),
         }
+
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        text = super().encode_unconditional()
+        zeros = load_config(DiffusionPipeline, self.folder, None).get("force_zeros_for_empty_prompt", True)
+        return {name: torch.zeros_like(value) for name, value in text.items()} if zeros else text
 
     def predict(
         self,
