@@ -168,6 +168,12 @@ class Reward(ABC):
     def load(self) -> None:  # noqa: B027
         """Read the model. Called once, before the first batch."""
 
+    def prepare(self) -> None:
+        """Load the model now, if it is not there; otherwise the first call does."""
+        if not self._loaded:
+            self.load()
+            self._loaded = True
+
     def close(self) -> None:
         """Let the models go; they are loaded again when next needed."""
         for name, value in list(vars(self).items()):
@@ -260,8 +266,7 @@ class Reward(ABC):
             return RewardOutput(torch.zeros(0, device=target), valid=torch.ones(0, dtype=torch.bool, device=target))
         batch = _Batch(ready, texts, rows, groups if self.mode == "groupwise" else None)
         if not self._loaded:
-            self.load()
-            self._loaded = True
+            self.prepare()
         elif self.offload != "none":
             self._move_models(self.device)
         try:
