@@ -23,6 +23,6 @@ def set_up(level: int = logging.INFO) -> None:
 
 
 def plain_flags(argv: Sequence[str], first: str) -> list[str]:
-    """The words of a command as flags of its config: a first word without a flag is ``first``, --out is --output_dir."""
+    """The words of a command as flags of its config: a first word that is no flag is ``first``, --out --output_dir."""
     words = [word.replace("--out", "--output_dir", 1) if word.partition("=")[0] == "--out" else word for word in argv]
     return words if not words or words[0].startswith("-") else [f"--{first}", *words]

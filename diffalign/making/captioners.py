@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from PIL import Image
 from diffalign.errors import UserError
 from diffalign.imports import find_callable, is_import_path
 from diffalign.making.hub import load_pretrained, model_identity
-from diffalign.shapes.checker import describe, read
+from diffalign.shapes.checker import Found, Reading, describe, read
+from diffalign.shapes.scene import Thing, parse
 
 SHAPES = "shapes-checker"
 INSTRUCTION = (
@@ -56,12 +58,36 @@ class Captioner(ABC):
 
 
 class ShapesCaptioner(Captioner):
-    """States all that the checker of the shapes world recognises; None for what its captions cannot say."""
+    """States all that the checker of the shapes world recognises.
 
-    identity = SHAPES
+    A thing whose shape cannot be told takes the shape that the prompt asks for, where image and prompt have as many
+    things; None where they have not, or where no caption can say what is there.
+    """
+
+    identity = f"{SHAPES} 1"
 
     def captions(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str | None]:
-        return [describe(read(image)) for image in images]
+        return [describe(_with_shapes_of(read(image), prompt)) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def _with_shapes_of(reading: Reading, prompt: str) -> Reading:
+    """The reading, with the prompt's shapes for things of unknown shape."""
+    if all(found.shape is not None for found in reading.things):
+        return reading
+    try:
+        wanted = parse(prompt).things
+    except ValueError as error:
+        raise UserError(f"the captioner {SHAPES} understands prompts of the shapes world only: {error}") from error
+    if len(wanted) != len(reading.things):
+        return reading
+    # The things may have swapped places: the order in which more of what was recognised fits.
+    order = max((wanted, wanted[::-1]), key=lambda things: sum(map(_fit, reading.things, things)))
+    things = [replace(f, shape=f.shape or w.shape) for f, w in zip(reading.things, order, strict=True)]
+    return replace(reading, things=tuple(things))
+
+
+def _fit(found: Found, thing: Thing) -> int:
+    return (found.shape == thing.shape) + (found.color == thing.color) + (found.size == thing.size)
 
 
 class FunctionCaptioner(Captioner):
@@ -133,9 +159,7 @@ class ModelCaptioner(Captioner):
                 inputs[name] = value.to(self.dtype)
         with torch.no_grad():
             answers = self._model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return [
-            self._answer(row, asked) for row, asked in zip(answers.cpu(), inputs["input_ids"].cpu(), strict=True)
-        ]
+        return [self._answer(row, asked) for row, asked in zip(answers.cpu(), inputs["input_ids"].cpu(), strict=True)]
 
     def _turn(self, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -170,6 +194,6 @@ def load_captioner(name: str, **options: Any) -> Captioner:
         return ShapesCaptioner()
     if is_import_path(name) and not Path(name).exists():
         found = find_callable(name, "captioner")
-        made = found() if inspect.isclass(found) else found
+        made: Any = found() if inspect.isclass(found) else found
         return made if isinstance(made, Captioner) else FunctionCaptioner(made, name)
     return ModelCaptioner(name, **options)

@@ -44,7 +44,7 @@ CLIP_LENGTH = 77
 class CaptionsConfig:
     """Make a caption for each image of the pairs of a set, for `diffalign train dcpo`.
 
-    The result is a folder with <split>.parquet: the pairs with caption_0 and caption_1. A run that was stopped goes on.
+    The result is a folder with <split>.parquet: the pairs with caption_0 and caption_1. A stopped run goes on.
     """
 
     dataset_name: str = field(help="Pairs: a folder, a parquet or JSONL file, a hub id, or the bundled shapes-pairs.")

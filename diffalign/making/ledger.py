@@ -48,7 +48,9 @@ class Ledger:
             there = json.loads(self._settings_path.read_text(encoding="utf-8"))
             changed = [k for k in {**there, **self.settings} if there.get(k) != self.settings.get(k)]
             if changed:
-                differences = "; ".join(f"{k} is {there.get(k)!r} there, {self.settings.get(k)!r} here" for k in changed)
+                differences = "; ".join(
+                    f"{k} is {there.get(k)!r} there, {self.settings.get(k)!r} here" for k in changed
+                )
                 raise UserError(
                     f"{self.path.parent} holds the work of another configuration: {differences}. Choose another "
                     "--output_dir, or give --overwrite_output_dir to begin anew."

@@ -1,8 +1,7 @@
 """What makes a caption slightly or badly wrong, for the rejected image of a pair (DCPO-p and DCPO-h).
 
 Saeidi et al. 2025, arXiv 2502.06023, use the paraphraser DIPPER-XXL at lexical diversity 40, 60 and 80 (weak, medium,
-strong). A model of that kind needs 45 GB; ``words`` and ``shapes`` need none, and are no paraphrasers: they change what
-a caption says.
+strong). ``words`` and ``shapes`` need no model, and are no paraphrasers: they change what a caption says.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class WordPerturber(Paraphraser):
         if not words:
             return caption
         touched = rng.choice(len(words), max(1, round(self.share * len(words))), replace=False)
-        dropped = set()
+        dropped: set[int] = set()
         for index in sorted(int(i) for i in touched):
             action = rng.choice(["drop", "swap", "replace"])
             if action == "drop" and len(words) - len(dropped) > 1:
@@ -171,7 +170,8 @@ class ModelParaphraser(Paraphraser):
                 return self._generate(self.instruction.replace("{prompt}", caption))
             written: list[str] = []
             for window in windows(caption):
-                written.append(self._generate(dipper_text(window, self.diversity, " ".join([DIPPER_PREFIX, *written]))))
+                context = " ".join([DIPPER_PREFIX, *written])
+                written.append(self._generate(dipper_text(window, self.diversity, context)))
             return " ".join(written)
 
     def _generate(self, text: str) -> str:
@@ -217,6 +217,6 @@ def load_paraphraser(name: str, strength: Strength = "medium", **options: Any) -
         return ShapesPerturber(strength)
     if is_import_path(name) and not Path(name).exists():
         found = find_callable(name, "paraphraser")
-        made = found() if inspect.isclass(found) else found
+        made: Any = found() if inspect.isclass(found) else found
         return made if isinstance(made, Paraphraser) else FunctionParaphraser(made, name)
     return ModelParaphraser(name, strength, **options)
