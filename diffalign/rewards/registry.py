@@ -24,6 +24,9 @@ _FORMS = (
 )
 _BUILT_IN: dict[str, str | Callable[..., Any]] = {
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+    "imagereward": "diffalign.rewards.imagereward:ImageReward",
+    "jpeg_compressibility": "diffalign.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "diffalign.rewards.jpeg:JpegIncompressibility",
     "pickscore": "diffalign.rewards.clip:PickScore",
     "shapes-aesthetic": "diffalign.rewards.aesthetic:ShapesAesthetic",
     "shapes-annotator": "diffalign.rewards.shapes:ShapesAnnotator",
