@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -79,6 +79,10 @@ class Stopped(DiffalignError):
     """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
 
 
+class StopAsked(Exception):
+    """Raised by :meth:`Batches.stream` before a step, where :meth:`Trainer.stop_asked` says so on every process."""
+
+
 class Trainer(ABC, Generic[Config, Batch]):
     """Runs a method. ``Trainer(config).train()`` is all a caller needs.
 
@@ -125,6 +129,7 @@ class Trainer(ABC, Generic[Config, Batch]):
         self.schedule = build_schedule(config, optimizer, self.plan.steps)
         self.validation = Validation(config, self.policy, self.accelerator, self.output_dir)
         self.step = 0
+        self.done = False
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._stop_asked = self._stopping = False
@@ -156,6 +161,7 @@ class Trainer(ABC, Generic[Config, Batch]):
             with self._stop_on_sigterm():
                 if self.step == 0:
                     self._validate(log)
+                self.before_training(log)
                 self._steps(log)
             return self._finish()
         finally:
@@ -163,21 +169,42 @@ class Trainer(ABC, Generic[Config, Batch]):
 
     def _steps(self, log: RunLog) -> None:
         stream = self.batches.stream(self.step, self.plan.steps)
-        while self.step < self.plan.steps:
-            metrics = self.training_step(stream)
+        while self.step < self.plan.steps and not self.done:
+            try:
+                metrics = self.training_step(stream)
+            except StopAsked:
+                self._stop()
             log.row(self.step, metrics)
             self._check_health(log, metrics)
-            if self._stopping:
-                path = self._save()
-                raise Stopped(
-                    f"stopped by SIGTERM after step {self.step}; saved {path}. "
-                    "Go on with --resume_from_checkpoint latest."
-                )
+            if self._stopping and self.may_stop():
+                self._stop()
+            self.after_step(log, metrics)
             every = self.config.checkpointing_steps
             if every and self.step % every == 0 and self.step < self.plan.steps:
                 self._save()
             if self.validation.due(self.step, self.plan.steps):
                 self._validate(log)
+
+    def _stop(self) -> NoReturn:
+        path = self._save()
+        raise Stopped(
+            f"stopped by SIGTERM after step {self.step}; saved {path}. Go on with --resume_from_checkpoint latest."
+        )
+
+    def may_stop(self) -> bool:
+        """Whether a checkpoint taken now can be resumed from; if not, a run that is asked to stop goes on a little."""
+        return True
+
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to stop; every process must ask at the same place."""
+        flag = torch.tensor(float(self._stop_asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def before_training(self, log: RunLog) -> None:
+        """Called once, before the first step of a run or of what is left of it."""
+
+    def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
+        """Called after every step; may set :attr:`done` to end the run early."""
 
     def training_step(self, stream: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step on the next batches of the stream; returns its metrics."""
@@ -308,8 +335,15 @@ class Trainer(ABC, Generic[Config, Batch]):
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
         save_yaml(self.config, folder / "config.yaml")
+        self.save_extra(folder)
         if self.config.train_mode == "lora":
             self.policy.export(folder)
+
+    def save_extra(self, folder: Path) -> None:
+        """Write what a method must have to resume, beside the weights and the optimiser, on the main process."""
+
+    def load_extra(self, folder: Path) -> None:
+        """Read what :meth:`save_extra` wrote; :attr:`step` is set."""
 
     def _resume(self) -> None:
         if self.checkpoint is None:
@@ -323,6 +357,7 @@ class Trainer(ABC, Generic[Config, Batch]):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.load_extra(self.checkpoint)
         if state["effective_batch"] != self.plan.effective_batch:
             logger.warning(
                 "resuming with an effective batch of %d where the run had %d: the order of the data changes here",

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
@@ -27,6 +27,7 @@ from diffalign.training.config import TrainingConfig
 
 WEIGHTS_FILE = "policy.safetensors"
 EMA_FILE = "ema.safetensors"
+COPY_FILE = "copy-{}.safetensors"
 
 
 class Policy:
@@ -63,6 +64,7 @@ class Policy:
             family.denoiser.requires_grad_(True)
         self._apply_options()
         self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
+        self.copies: dict[str, list[Tensor]] = {}
         self.ema: EMAModel | None = None
         if config.use_ema:
             self.ema = EMAModel(self.parameters.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
@@ -159,6 +161,38 @@ class Policy:
         finally:
             self.ema.restore(parameters)
 
+    def add_copy(self, name: str) -> None:
+        """Keep a slow copy of the trained weights under a name ("old", "ema"), equal to them now."""
+        self.copies[name] = [p.detach().clone() for p in self.parameters.values()]
+
+    def update_copy(self, name: str, decay: float) -> None:
+        """``copy = decay * copy + (1 - decay) * weights``; 0 takes the weights as they are."""
+        torch._foreach_lerp_(self.copies[name], [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextmanager
+    def copy_weights(self, name: str) -> Iterator[nn.Module]:
+        """The denoiser with a copy's weights, without gradients; the trained ones are back afterwards."""
+        parameters: list[Tensor] = list(self.parameters.values())
+        own = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self.copies[name])
+            try:
+                yield self.modules[self._part]
+            finally:
+                torch._foreach_copy_(parameters, own)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The networks in evaluation mode (LoRA dropout off) inside."""
+        modes = [(module, module.training) for module in self.modules.values()]
+        for module, _ in modes:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.train(training)
+
     def update_ema(self) -> None:
         """Take the step just made into the average."""
         if self.ema is not None:
@@ -169,6 +203,9 @@ class Policy:
         """Write the exact trained weights (and EMA) for resuming; return the counters that go with them."""
         parameters = self.parameters
         save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS_FILE)
+        for copy_name, values in self.copies.items():
+            named = {name: v.cpu().contiguous() for name, v in zip(parameters, values, strict=True)}
+            save_file(named, folder / COPY_FILE.format(copy_name))
         if self.ema is None:
             return {}
         shadow = zip(parameters, self.ema.shadow_params, strict=True)
@@ -191,6 +228,10 @@ class Policy:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(stored[name])
+            for copy_name, values in self.copies.items():
+                kept = load_file(folder / COPY_FILE.format(copy_name))
+                for value, name in zip(values, parameters, strict=True):
+                    value.copy_(kept[name])
             if self.ema is not None:
                 if not (folder / EMA_FILE).is_file():
                     raise UserError(f"{folder} has no EMA. Resume with use_ema off, or start a new run.")

@@ -1,7 +1,7 @@
 """Rollouts: drawing images with the policy, and keeping what an objective needs of how they were drawn.
 
-An image is a function of (model, prompt, seed): its starting noise and the noise of each step are keyed by its seed, so
-it is the same whatever batch or process it is drawn in.
+An image is a function of (model, prompt, seed): its starting noise and the noise of each step are keyed by its seed,
+so it is the same whatever batch or process it is drawn in.
 """
 
 from __future__ import annotations
