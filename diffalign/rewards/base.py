@@ -28,6 +28,7 @@ from diffalign.rewards.inputs import (
     as_prompts,
     as_rows,
     as_tensors,
+    device_of,
 )
 from diffalign.rewards.output import RewardError, RewardOutput, Scores, as_output, merge
 
@@ -88,6 +89,8 @@ class Reward(ABC):
         hacks: how training on it is known to go wrong, a short sentence each.
         weights: names of instance attributes that hold the file, folder or hub id of what the scores depend on.
         batch_size: images given to ``score`` at once; scores do not depend on it.
+        scoring: of the last call, which images were in the last batch given to ``score``: after an exception, those
+            that it was about.
     """
 
     name: str = ""
@@ -142,6 +145,7 @@ class Reward(ABC):
         self.dtype = dtype
         self.batch_size = batch_size
         self.offload = offload
+        self.scoring: list[int] = []
         self._loaded = False
         self._warned = False
         self._identity = ""
@@ -256,12 +260,12 @@ class Reward(ABC):
             raise TypeError(f"the reward {self.name} is not differentiable: no gradient can pass through it")
         if isinstance(images, Image.Image):
             raise UserError(f"the reward {self.name} takes a list of PIL images, got a single one")
-        count = len(images)
+        count, self.scoring = len(images), list(range(len(images)))
         texts = as_prompts(prompts, count, self.name, needed=self.uses_prompt)
         rows = as_rows(metadata, count, self.name, self.required_metadata)
         groups = as_group_ids(group_ids, count, self.name, needed=self.mode == "groupwise")
         ready = (as_tensors if self.takes == "tensor" else as_pictures)(images, self.name)
-        target = images.device if isinstance(images, Tensor) else _device_of(images)
+        target = device_of(images)
         if not count:
             return RewardOutput(torch.zeros(0, device=target), valid=torch.ones(0, dtype=torch.bool, device=target))
         batch = _Batch(ready, texts, rows, groups if self.mode == "groupwise" else None)
@@ -290,7 +294,7 @@ class Reward(ABC):
         while todo:
             units = todo[0]
             taken = _fitting(units, self.batch_size)
-            now = [index for unit in units[:taken] for index in unit]
+            now = self.scoring = [index for unit in units[:taken] for index in unit]
             try:
                 part = self._score(now, batch)
             except torch.cuda.OutOfMemoryError:
@@ -305,6 +309,7 @@ class Reward(ABC):
             todo[0] = units[taken:]
             if not todo[0]:
                 todo.pop(0)
+        self.scoring = list(range(len(order)))
         return merge(parts, order, target, self.name)
 
     def _score(self, indices: list[int], batch: _Batch) -> RewardOutput:
@@ -318,6 +323,7 @@ class Reward(ABC):
     def _check(self, output: RewardOutput) -> None:
         bad = (~torch.isfinite(output.rewards) & output.valid).nonzero().flatten().tolist()
         if bad:
+            self.scoring = bad
             raise RewardError(
                 f"the reward {self.name} scored image {bad[0]} as {output.rewards[bad[0]].item()} "
                 f"({len(bad)} of {len(output.rewards)} scores are not finite)"
@@ -384,10 +390,6 @@ def _fitting(units: list[list[int]], batch_size: int) -> int:
         total += len(units[taken])
         taken += 1
     return taken
-
-
-def _device_of(images: Sequence[Any]) -> torch.device:
-    return images[0].device if len(images) and isinstance(images[0], Tensor) else torch.device("cpu")
 
 
 def _empty_cache(device: torch.device) -> None:

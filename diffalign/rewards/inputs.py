@@ -118,6 +118,17 @@ def as_group_ids(group_ids: GroupIds | None, count: int, name: str, *, needed: b
     return values
 
 
+def device_of(images: Images) -> torch.device:
+    """Where the scores of images go: to the images, and to the CPU for PIL images."""
+    first: Any = images if isinstance(images, Tensor) else images[0] if len(images) else None
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")
+
+
+def subset(images: Images, indices: Sequence[int]) -> Any:
+    """Some of the images, in the form they came in."""
+    return images[list(indices)] if isinstance(images, Tensor) else [images[index] for index in indices]
+
+
 def _tensor(image: Any, index: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
