@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": ("diffalign.app.evaluate:sample", "draw images of one model for a list of prompts"),
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
     "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
+    "pairs": ("diffalign.app.pairs:main", "make preference pairs of a model's own samples, chosen by rewards"),
     "doctor": ("diffalign.app.doctor:main", "tell what is installed, what works and what would break"),
     "recipes": ("diffalign.app.recipes:main", "list, show and copy the configs that come with diffalign"),
 }

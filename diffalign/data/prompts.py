@@ -13,6 +13,8 @@ from diffalign.shapes.scene import sample_captions
 
 SHAPES_HELDOUT = "shapes-heldout"
 """The word for held-out captions of the bundled shapes world."""
+SHAPES_TRAIN = "shapes-train"
+"""The word for captions of its training split."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,17 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     Args:
         source: a text file with a prompt a line (blank lines are skipped); a JSONL file of ``{"prompt": ...}`` and
             metadata; a list of prompts; or "shapes-heldout": captions of the shapes world that no training split
-            holds, drawn by ``seed``.
-        limit: read no more than this many; "shapes-heldout" gives 64 without it.
-        seed: for "shapes-heldout" only.
+            holds, drawn by ``seed``; or "shapes-train": captions of the training split.
+        limit: read no more than this many; the words for the shapes world give 64 without it.
+        seed: for the shapes world only.
 
     Raises:
         UserError: no such file, a line that is no prompt (file and line are named), no prompts, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise UserError(f"{limit} prompts were asked for; ask for at least one.")
-    if source == SHAPES_HELDOUT:
-        return [Prompt(text) for text in sample_captions(limit or 64, seed, heldout=True)]
+    if source in (SHAPES_HELDOUT, SHAPES_TRAIN):
+        return [Prompt(text) for text in sample_captions(limit or 64, seed, heldout=source == SHAPES_HELDOUT)]
     if isinstance(source, (str, Path)):
         prompts = _read_file(Path(source).expanduser())
     else:
@@ -53,7 +55,7 @@ def _read_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(
             f"{path}: no such prompt file. Give a text file with a prompt a line, a JSONL file of "
-            f'{{"prompt": ...}}, or the word {SHAPES_HELDOUT}.'
+            f'{{"prompt": ...}}, or the word {SHAPES_HELDOUT} or {SHAPES_TRAIN}.'
         )
     numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
