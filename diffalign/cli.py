@@ -18,6 +18,9 @@ COMMANDS = {
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
     "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
     "pairs": ("diffalign.app.pairs:main", "make preference pairs of a model's own samples, chosen by rewards"),
+    "rewards": ("diffalign.app.rewards:main", "list the rewards, and show what each measures and how it is hacked"),
+    "score": ("diffalign.app.score:main", "score images by rewards, to JSONL or CSV"),
+    "serve-reward": ("diffalign.app.serve_reward:main", "serve rewards over HTTP to runs elsewhere"),
     "doctor": ("diffalign.app.doctor:main", "tell what is installed, what works and what would break"),
     "recipes": ("diffalign.app.recipes:main", "list, show and copy the configs that come with diffalign"),
 }
@@ -29,7 +32,8 @@ _DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 def usage() -> str:
     """Return the text of ``diffalign --help``."""
-    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: diffalign COMMAND ...",

@@ -28,6 +28,7 @@ _BUILT_IN: dict[str, str | Callable[..., Any]] = {
     "jpeg_compressibility": "diffalign.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffalign.rewards.jpeg:JpegIncompressibility",
     "pickscore": "diffalign.rewards.clip:PickScore",
+    "remote": "diffalign.rewards.remote.client:RemoteReward",
     "shapes-aesthetic": "diffalign.rewards.aesthetic:ShapesAesthetic",
     "shapes-annotator": "diffalign.rewards.shapes:ShapesAnnotator",
     "shapes-checker": "diffalign.rewards.shapes:ShapesChecker",
