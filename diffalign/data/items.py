@@ -35,6 +35,7 @@ from diffalign.data.shards import ShardReader, cache_folder
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
 
+SIDES = ("chosen", "rejected")
 Placements = Sequence[tuple[Placement, Placement]]
 
 
@@ -52,6 +53,8 @@ class PairItems(Dataset[dict[str, Any]]):
         self.prompts = [plan.prompt for plan in plans]
         self._captions = [plan.captions for plan in plans]
         self.double_captions = any(captions[1:] != captions[:1] * 2 for captions in self._captions)
+        self.own_captions = tuple(sum(getattr(p, f"{s}_prompt") is not None for p in plans) for s in SIDES)
+        self.uncaptioned = [p.id for p in plans if p.chosen_prompt is None and p.rejected_prompt is None]
         self._hashes = torch.tensor([key_seed("pair", plan.id) for plan in plans])
         self._labels = torch.tensor([plan.label for plan in plans], dtype=torch.float32)
         margins = [math.nan if plan.margin is None else plan.margin for plan in plans]

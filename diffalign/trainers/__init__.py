@@ -24,6 +24,48 @@ METHODS = {
         "DPOTrainer",
         "Diffusion-DPO: learn from pairs of a better and a worse image",
     ),
+    "mapo": Method(
+        "diffalign.trainers.mapo",
+        "MaPOConfig",
+        "MaPOTrainer",
+        "MaPO: pairs without a reference model; less time and memory a step",
+    ),
+    "dcpo": Method(
+        "diffalign.trainers.dcpo",
+        "DCPOConfig",
+        "DCPOTrainer",
+        "DCPO: pairs with a caption of its own for each image",
+    ),
+    "cpo": Method(
+        "diffalign.trainers.cpo",
+        "CPOConfig",
+        "CPOTrainer",
+        "CPO: a logit without a reference beside the denoising loss",
+    ),
+    "orpo": Method(
+        "diffalign.trainers.orpo",
+        "ORPOConfig",
+        "ORPOTrainer",
+        "ORPO: the denoising loss with a ratio term, without a reference",
+    ),
+    "dmpo": Method(
+        "diffalign.trainers.dmpo",
+        "DMPOConfig",
+        "DMPOTrainer",
+        "DMPO: match a target preference in reverse KL divergence",
+    ),
+    "dspo": Method(
+        "diffalign.trainers.dspo",
+        "DSPOConfig",
+        "DSPOTrainer",
+        "DSPO: fit the preferred score with a correction from the reference",
+    ),
+    "bdpo": Method(
+        "diffalign.trainers.bdpo",
+        "BDPOConfig",
+        "BDPOTrainer",
+        "bounded DPO: the rejected image's part of the logit is bounded",
+    ),
 }
 """Name on the command line -> method. A new method adds its line here."""
 

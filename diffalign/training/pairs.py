@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign.data.readers import open_pairs
+from diffalign.data.items import PairItems
+from diffalign.data.readers import PairSource, PairStream, open_pairs
 from diffalign.diffusion.random import Key
+from diffalign.errors import UserError
 from diffalign.pipelines import Family
 from diffalign.training.config import PairConfig
 from diffalign.training.samples import SampleBatches, Text, make_ready
+
+Captions = Literal["prompt", "own"]
+"""What an image of a pair is conditioned on: the pair's prompt, or a caption of its own."""
 
 
 @dataclass
@@ -40,7 +45,24 @@ class PairBatch:
 
 
 class PairBatches(SampleBatches[PairBatch]):
-    """Streams the pairs of a data set."""
+    """Streams the pairs of a data set.
+
+    Args:
+        items, config, family, accelerator: as for :class:`SampleBatches`.
+        captions: what the images are conditioned on.
+    """
+
+    def __init__(
+        self,
+        items: PairItems,
+        config: PairConfig,
+        family: Family,
+        accelerator: Accelerator,
+        captions: Captions = "prompt",
+    ) -> None:
+        super().__init__(items, config, family, accelerator)
+        # Where every caption equals its prompt, the items hold the prompt only.
+        self.own_captions = captions == "own" and items.double_captions
 
     def make_batch(self, items: dict[str, Any], samples: list[Key]) -> PairBatch:
         sides = ("chosen_", "rejected_")
@@ -52,15 +74,23 @@ class PairBatches(SampleBatches[PairBatch]):
             timesteps=torch.cat([draws.timesteps, draws.timesteps]).to(self.device),
             sizes=torch.cat([items[f"{side}sizes"] for side in sides]).to(self.device),
             label=items["label"].to(self.device),
-            text=self.text(items, ("", ""), draws.dropped),
+            text=self.text(items, sides if self.own_captions else ("", ""), draws.dropped),
         )
 
 
-def pair_batches(config: PairConfig, family: Family, accelerator: Accelerator) -> PairBatches:
+def pair_batches(
+    config: PairConfig, family: Family, accelerator: Accelerator, *, captions: Captions = "prompt"
+) -> PairBatches:
     """Open the pairs of a config and make them ready: cached to disk (then VAE and text encoders are freed), or not.
 
+    Args:
+        config, family, accelerator: of the run.
+        captions: what the images are conditioned on. With "own", a pair of which only one image has a caption takes
+            the prompt for the other.
+
     Raises:
-        UserError: see :func:`diffalign.data.open_pairs` and :func:`diffalign.data.build_cache`.
+        UserError: see :func:`diffalign.data.open_pairs` and :func:`diffalign.data.build_cache`; or the images have no
+            captions of their own where they are asked for.
     """
     source = open_pairs(
         config.dataset_name,
@@ -71,4 +101,22 @@ def pair_batches(config: PairConfig, family: Family, accelerator: Accelerator) -
         max_bad_rows=config.max_bad_rows,
         max_pairs=config.max_train_samples,
     )
-    return PairBatches(make_ready(source, config, family, accelerator), config, family, accelerator)
+    if captions == "own":
+        _require_caption_columns(source)
+    items = make_ready(source, config, family, accelerator)
+    if captions == "own" and items.uncaptioned:
+        raise UserError(
+            f"{source.name}: {len(items.uncaptioned)} of {len(items)} pairs have no caption for either image, the "
+            f"first with id {items.uncaptioned[0]!r}. Make them with `diffalign captions`, or remove those rows."
+        )
+    return PairBatches(items, config, family, accelerator, captions)
+
+
+def _require_caption_columns(source: PairSource | PairStream) -> None:
+    """Refuse a set without captions of the single images before anything is encoded."""
+    if not source.columns.double_captions:
+        raise UserError(
+            f"{source.name} has no captions of the single images, which this method learns from. Make them with "
+            f"`diffalign captions --dataset_name {source.name} --output_dir FOLDER` and train on FOLDER; or name the "
+            "columns that hold them: columns: {chosen_prompt: ..., rejected_prompt: ...}."
+        )
