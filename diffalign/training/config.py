@@ -10,17 +10,11 @@ from diffalign.errors import UserError
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
-    """What to train, for how long, on what, and what to leave behind."""
-
-    # Model
-    pretrained_model_name_or_path: str = field(help="Pipeline folder, hub id, or a bundled name such as shapes-sdxl.")
-    revision: str | None = field(None, help="Revision of the model on the hub.")
-    variant: str | None = field(None, help="Weight file variant of the model, such as fp16.")
-    pretrained_vae_model_name_or_path: str | None = field(None, help="Another VAE to use, such as an fp16-safe one.")
+class RunConfig:
+    """The run: how long, how fast, and what it leaves behind."""
 
     # Run
-    output_dir: str = field(help="Folder of the run: config, metrics, samples, checkpoints and the final LoRA.")
+    output_dir: str = field(help="Folder of the run: config, metrics, checkpoints and the result.")
     overwrite_output_dir: bool = field(False, help="Delete what an earlier run left in output_dir.")
     seed: int = field(0, help="Seed of all randomness of the run.")
     max_train_steps: int | None = field(None, help="Optimiser steps. Without it, num_train_epochs counts.")
@@ -30,19 +24,13 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = field("no", help="Autocast type; frozen weights are held in it.")
     allow_tf32: bool = field(False, help="Allow TF32 matrix products on Ampere and later.")
     gradient_checkpointing: bool = field(False, help="Recompute activations in the backward pass to save memory.")
-    enable_xformers_memory_efficient_attention: bool = field(False, help="xformers attention (default: SDPA).")
-    compile_repeated_blocks: bool = field(False, help="Compile the denoiser's repeated blocks with torch.compile.")
     dataloader_num_workers: int = field(0, help="Worker processes that read the data.")
 
-    # What trains
-    train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
+    # LoRA
     rank: int = field(16, help="Rank of the LoRA.")
     lora_alpha: float | None = field(None, help="LoRA alpha; the strength is alpha / rank. Default: the rank.")
     lora_dropout: float = field(0.0, help="Dropout on the LoRA's input.")
     lora_targets: list[str] | None = field(None, help="Modules that get a LoRA. Default: attention projections.")
-    train_text_encoder: bool = field(False, help="Train a LoRA on the text encoder(s) too (needs train_mode lora).")
-    use_ema: bool = field(False, help="Keep an exponential moving average of the trained weights and save it.")
-    ema_decay: float = field(0.9999, help="Decay of the EMA, reached after a warm-up.")
 
     # Optimiser
     learning_rate: float = field(1e-5, help="Peak learning rate.")
@@ -58,43 +46,77 @@ class TrainingConfig:
     max_grad_norm: float = field(1.0, help="Clip the gradient to this norm.")
     max_nonfinite_steps: int = field(5, help="Stop after this many non-finite steps in a row; each is skipped.")
 
-    # Checkpoints, validation, logging
+    # Checkpoints and logging
     checkpointing_steps: int = field(500, help="Save a checkpoint every so many steps; 0 for none.")
     checkpoints_total_limit: int | None = field(None, help="Keep at most this many checkpoints.")
     resume_from_checkpoint: str | None = field(None, help="'latest', or the path of a checkpoint folder.")
-    validation_prompts: list[str] | None = field(None, help="Prompts to draw during training.")
-    validation_steps: int = field(100, help="Draw them every so many steps, and at step 0.")
-    num_validation_images: int = field(1, help="Images (seeds) for each validation prompt.")
-    validation_inference_steps: int = field(25, help="Sampling steps of a validation image.")
-    validation_guidance_scale: float = field(5.0, help="Classifier-free guidance of a validation image.")
     report_to: list[str] = field(["auto"], help="Trackers: auto (TensorBoard if installed), none, wandb, trackio, ...")
-    save_comfyui_lora: bool = field(False, help="Also save the final LoRA for ComfyUI and kohya tools.")
-    push_to_hub: bool = field(False, help="Upload the final LoRA and model card with your hub login.")
+    push_to_hub: bool = field(False, help="Upload the results and their model card with your hub login.")
     hub_model_id: str | None = field(None, help="Repository to upload to. Default: the name of output_dir.")
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_validation_images", "validation_steps"):
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("checkpointing_steps", "lr_warmup_steps", "dataloader_num_workers", "seed", "weight_decay"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("rank", self.train_mode == "full" or self.rank >= 1, "at least 1; it is the width of the LoRA")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._require("max_train_steps", self.max_train_steps is None or self.max_train_steps >= 1, "at least 1")
         limit = self.checkpoints_total_limit
         self._require("checkpoints_total_limit", limit is None or limit >= 1, "at least 1, or none for no limit")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise UserError(f"use_8bit_adam needs optimizer adamw, got {self.optimizer}")
-        if self.train_mode == "full" and self.train_text_encoder:
-            raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
-        if self.save_comfyui_lora and self.train_mode == "full":
-            raise UserError("save_comfyui_lora needs train_mode lora: a full fine-tune has no LoRA to save")
 
     def _require(self, name: str, holds: bool, bound: str) -> None:
         if not holds:
             raise UserError(f"{name} must be {bound}, got {getattr(self, name)!r}")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(RunConfig):
+    """What of a diffusion model to train, and what to draw meanwhile."""
+
+    # Model
+    pretrained_model_name_or_path: str = field(help="Pipeline folder, hub id, or a bundled name such as shapes-sdxl.")
+    revision: str | None = field(None, help="Revision of the model on the hub.")
+    variant: str | None = field(None, help="Weight file variant of the model, such as fp16.")
+    pretrained_vae_model_name_or_path: str | None = field(None, help="Another VAE to use, such as an fp16-safe one.")
+
+    # Speed
+    enable_xformers_memory_efficient_attention: bool = field(False, help="xformers attention (default: SDPA).")
+    compile_repeated_blocks: bool = field(False, help="Compile the denoiser's repeated blocks with torch.compile.")
+
+    # What trains
+    train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
+    train_text_encoder: bool = field(False, help="Train a LoRA on the text encoder(s) too (needs train_mode lora).")
+    initial_lora: str | None = field(None, help="Go on from this LoRA, trained with the same rank, alpha and targets.")
+    reference: Literal["base", "start"] = field(
+        "base", help="What a method compares with: the base model, or what the run starts from (initial_lora)."
+    )
+    use_ema: bool = field(False, help="Keep an exponential moving average of the trained weights and save it.")
+    ema_decay: float = field(0.9999, help="Decay of the EMA, reached after a warm-up.")
+
+    # Validation and export
+    validation_prompts: list[str] | None = field(None, help="Prompts to draw during training.")
+    validation_steps: int = field(100, help="Draw them every so many steps, and at step 0.")
+    num_validation_images: int = field(1, help="Images (seeds) for each validation prompt.")
+    validation_inference_steps: int = field(25, help="Sampling steps of a validation image.")
+    validation_guidance_scale: float = field(5.0, help="Classifier-free guidance of a validation image.")
+    save_comfyui_lora: bool = field(False, help="Also save the final LoRA for ComfyUI and kohya tools.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_validation_images", "validation_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("rank", self.train_mode == "full" or self.rank >= 1, "at least 1; it is the width of the LoRA")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.train_mode == "full" and self.train_text_encoder:
+            raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
+        if self.train_mode == "full" and self.initial_lora:
+            raise UserError("initial_lora goes on with a LoRA; it needs train_mode lora, got full")
+        if self.save_comfyui_lora and self.train_mode == "full":
+            raise UserError("save_comfyui_lora needs train_mode lora: a full fine-tune has no LoRA to save")
 
 
 @dataclass(kw_only=True)

@@ -8,10 +8,10 @@ from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from diffalign.errors import UserError
-from diffalign.training.config import TrainingConfig
+from diffalign.training.config import RunConfig
 
 
-def push(config: TrainingConfig, output_dir: Path) -> str:
+def push(config: RunConfig, output_dir: Path) -> str:
     """Upload everything but checkpoints and tracker logs; returns the repository's name.
 
     Raises:

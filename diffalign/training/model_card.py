@@ -14,7 +14,7 @@ from diffalign.config import to_dict
 from diffalign.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from diffalign.training.loop import Plan
+    from diffalign.training.steps import Plan
 
 _LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.errors import UserError, did_you_mean
-from diffalign.training.config import TrainingConfig
+from diffalign.training.config import RunConfig
 
 
 def build_optimizer(
-    config: TrainingConfig, parameters: Iterable[nn.Parameter], learning_rate: float
+    config: RunConfig, parameters: Iterable[nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Adafactor over ``parameters``.
 
@@ -52,7 +52,7 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, **settings)
 
 
-def build_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """The schedule named ``config.lr_scheduler`` over ``steps`` optimiser steps.
 
     It is stepped once per optimiser step and never prepared by accelerate, which would step it once per process.

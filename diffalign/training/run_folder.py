@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffalign.config import load_yaml, save_yaml, to_dict
 from diffalign.errors import UserError
 from diffalign.training.checkpoints import find_checkpoints, resolve_checkpoint, space_errors
-from diffalign.training.config import TrainingConfig
+from diffalign.training.config import RunConfig
 from diffalign.training.run_log import METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _MAY_CHANGE_ON_RESUME = {
 }
 
 
-def open_run_folder(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
+def open_run_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
     """Make the run's folder ready and write its ``config.yaml``.
 
     Returns:
@@ -67,7 +67,7 @@ def open_run_folder(config: TrainingConfig, output_dir: Path, accelerator: Accel
     return checkpoint
 
 
-def _prepare(config: TrainingConfig, output_dir: Path) -> None:
+def _prepare(config: RunConfig, output_dir: Path) -> None:
     if config.overwrite_output_dir and not config.resume_from_checkpoint:
         for pattern in _WHAT_A_RUN_WRITES:
             for path in output_dir.glob(pattern):
@@ -84,7 +84,7 @@ def _holds_a_run(output_dir: Path) -> bool:
     return (output_dir / METRICS_FILE).exists() or bool(find_checkpoints(output_dir))
 
 
-def _say_what_changed(config: TrainingConfig, output_dir: Path) -> None:
+def _say_what_changed(config: RunConfig, output_dir: Path) -> None:
     path = output_dir / CONFIG_FILE
     if not path.exists():
         return

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from diffalign.config import to_dict
 from diffalign.errors import UserError
-from diffalign.training.config import TrainingConfig
+from diffalign.training.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RunLog:
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, output_dir: Path, total_steps: int, start_step: int
+        self, accelerator: Accelerator, config: RunConfig, output_dir: Path, total_steps: int, start_step: int
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / METRICS_FILE

@@ -9,7 +9,7 @@ from diffalign.training.config import TrainingConfig
 from diffalign.training.policy import Policy
 
 if TYPE_CHECKING:
-    from diffalign.training.loop import Plan
+    from diffalign.training.steps import Plan
 
 _ADAM_BYTES = 8
 _ADAM_8BIT_BYTES = 2
