@@ -94,6 +94,10 @@ class TrainingConfig(RunConfig):
     reference: Literal["base", "start"] = field(
         "base", help="What a method compares with: the base model, or what the run starts from (initial_lora)."
     )
+    initial_lora: str | None = field(None, help="Go on from this LoRA, trained with the same rank, alpha and targets.")
+    reference: Literal["base", "start"] = field(
+        "base", help="What a method compares with: the base model, or what the run starts from (initial_lora)."
+    )
     use_ema: bool = field(False, help="Keep an exponential moving average of the trained weights and save it.")
     ema_decay: float = field(0.9999, help="Decay of the EMA, reached after a warm-up.")
 
@@ -113,6 +117,8 @@ class TrainingConfig(RunConfig):
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.train_mode == "full" and self.train_text_encoder:
             raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
+        if self.train_mode == "full" and self.initial_lora:
+            raise UserError("initial_lora goes on with a LoRA; it needs train_mode lora, got full")
         if self.train_mode == "full" and self.initial_lora:
             raise UserError("initial_lora goes on with a LoRA; it needs train_mode lora, got full")
         if self.save_comfyui_lora and self.train_mode == "full":

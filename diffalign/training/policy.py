@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
-from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, lora_parameters, save_lora
+from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, load_lora_state, lora_parameters, save_lora
 from diffalign.training.config import TrainingConfig
 
 WEIGHTS_FILE = "policy.safetensors"
 EMA_FILE = "ema.safetensors"
 COPY_FILE = "copy-{}.safetensors"
+_START = "start"
 
 
 class Policy:
@@ -57,6 +58,8 @@ class Policy:
             if config.train_text_encoder:
                 self.modules |= family.text_encoders
             self._add_adapters()
+            if config.initial_lora:
+                self._check_parts(load_lora_state(family, config.initial_lora))
         else:
             family.denoiser.to(torch.float32)
             if needs_reference:
@@ -65,6 +68,8 @@ class Policy:
         self._apply_options()
         self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
         self.copies: dict[str, list[Tensor]] = {}
+        if config.initial_lora and config.reference == "start" and needs_reference:
+            self.add_copy(_START)
         self.ema: EMAModel | None = None
         if config.use_ema:
             self.ema = EMAModel(self.parameters.values(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
@@ -78,6 +83,14 @@ class Policy:
                 targets=self.family.lora_targets if own else self.family.text_lora_targets,
                 # The initial weights must not depend on what was drawn from the global stream before.
                 seed=key_seed(self.config.seed, "lora", name),
+            )
+
+    def _check_parts(self, read: tuple[str, ...]) -> None:
+        """What is read from a LoRA must be what trains; other parts would be in no checkpoint."""
+        if set(read) != set(self.modules):
+            raise UserError(
+                f"initial_lora {self.config.initial_lora} is a LoRA of {', '.join(read)}, and this run trains one of "
+                f"{', '.join(self.modules)}. Set train_text_encoder as it was trained with."
             )
 
     def _apply_options(self) -> None:
@@ -126,8 +139,13 @@ class Policy:
     def reference(self) -> Iterator[nn.Module]:
         """The reference denoiser, without gradients; text encoders are the reference's too inside.
 
-        The adapters are off inside and on again afterwards, whatever happens.
+        The adapters are off inside (or hold the weights that the run started from) and on again afterwards, whatever
+        happens. Call it before the policy's own forward pass of a step, not between that and its backward pass.
         """
+        if _START in self.copies:
+            with self.evaluating(), self.copy_weights(_START) as denoiser:
+                yield denoiser
+            return
         with torch.no_grad(), ExitStack() as stack:
             if self.config.train_mode == "lora":
                 for module in self.modules.values():
@@ -141,11 +159,13 @@ class Policy:
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
         """The base model's denoiser, for drawing. A full fine-tune that keeps no reference has it only at step 0."""
-        if self.config.train_mode == "full" and self._frozen is None:
+        if self.config.train_mode == "full":
+            yield self.modules[self._part] if self._frozen is None else self._frozen
+            return
+        with torch.no_grad(), ExitStack() as stack:
+            for module in self.modules.values():
+                stack.enter_context(adapters_off(module))
             yield self.modules[self._part]
-        else:
-            with self.reference() as denoiser:
-                yield denoiser
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
