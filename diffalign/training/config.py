@@ -78,6 +78,9 @@ class TrainingConfig(RunConfig):
     """What of a diffusion model to train, and what to draw meanwhile."""
 
     # Model
+    method: str | None = field(
+        None, help="The method these settings are for; `diffalign train --config FILE` reads it. Default: what runs."
+    )
     pretrained_model_name_or_path: str = field(help="Pipeline folder, hub id, or a bundled name such as shapes-sdxl.")
     revision: str | None = field(None, help="Revision of the model on the hub.")
     variant: str | None = field(None, help="Weight file variant of the model, such as fp16.")
@@ -90,10 +93,6 @@ class TrainingConfig(RunConfig):
     # What trains
     train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
     train_text_encoder: bool = field(False, help="Train a LoRA on the text encoder(s) too (needs train_mode lora).")
-    initial_lora: str | None = field(None, help="Go on from this LoRA, trained with the same rank, alpha and targets.")
-    reference: Literal["base", "start"] = field(
-        "base", help="What a method compares with: the base model, or what the run starts from (initial_lora)."
-    )
     initial_lora: str | None = field(None, help="Go on from this LoRA, trained with the same rank, alpha and targets.")
     reference: Literal["base", "start"] = field(
         "base", help="What a method compares with: the base model, or what the run starts from (initial_lora)."
@@ -117,8 +116,6 @@ class TrainingConfig(RunConfig):
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.train_mode == "full" and self.train_text_encoder:
             raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
-        if self.train_mode == "full" and self.initial_lora:
-            raise UserError("initial_lora goes on with a LoRA; it needs train_mode lora, got full")
         if self.train_mode == "full" and self.initial_lora:
             raise UserError("initial_lora goes on with a LoRA; it needs train_mode lora, got full")
         if self.save_comfyui_lora and self.train_mode == "full":
