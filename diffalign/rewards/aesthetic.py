@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 from diffalign.assets import resolve
 from diffalign.errors import UserError
 from diffalign.rewards.base import Reward
-from diffalign.rewards.clip import load_from, load_model, load_preprocess
+from diffalign.rewards.checkpoints import load_model, locate, read_weights
+from diffalign.rewards.encoders import load_config, load_preprocess, unit
+
+__all__ = ["Aesthetic", "AestheticHead", "ShapesAesthetic", "load_tower", "read_weights"]
 
 LAION_WIDTHS = (768, 1024, 128, 64, 16, 1)
+_ADVICE = "Give the place of the image processor of the CLIP, a folder or hub id, as processor=."
 _DROPOUT = (0.2, 0.2, 0.1, 0.0, 0.0)
 _LINEARS = (0, 2, 4, 6, 7)
 _RELU_LINEARS = (0, 3, 6, 9, 11)
-_SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth)"
+PUBLISHED = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+"""The author's ``sac+logos+ava1-l14-linearMSE.pth`` as it is found on the hub."""
+_FILES = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth", "model.safetensors", "model.pth")
 
 
 class AestheticHead(nn.Module):
@@ -67,8 +71,7 @@ class AestheticHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Image embeddings (B, P), normalised or not, to scores (B,) of about 1 to 10."""
-        unit = normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)
-        scores: Tensor = self.layers(unit).squeeze(-1)
+        scores: Tensor = self.layers(unit(embeddings)).squeeze(-1)
         return scores
 
 
@@ -76,54 +79,74 @@ class Aesthetic(Reward):
     """The LAION aesthetic score: about 4.5 to 6.5 for pictures, differentiable, and easily overdone.
 
     Without activations it is one linear function of the embedding, which never saturates: train on it only with a cap
-    or a target. 8 and more means that it has been exploited.
+    or a target. The shortest side becomes 224 pixels and the middle is judged.
 
     Args:
-        checkpoint: the head's weights, a ``.pth`` or ``.safetensors`` file, or a folder with ``model.safetensors``.
+        checkpoint: the head's weights: a ``.pth`` or ``.safetensors`` file, a folder or hub id that holds one, or
+            ``owner/repo/file`` on the hub. Its input width may be another CLIP's, given as ``tower``.
         tower: folder, hub id or bundled name of the CLIP it was trained on.
-        options: device, dtype (of the CLIP; the head is float32), batch_size: see
+        processor: where the CLIP's image processor is, if not with it.
+        revision: of the CLIP on the hub.
+        local_files_only: download nothing; take what is there.
+        options: device, dtype (of the CLIP; the head is float32), batch_size, offload: see
             :class:`diffalign.rewards.base.Reward`.
-
-    Raises:
-        UserError: no checkpoint is given.
     """
 
     name = "aesthetic"
+    version = "transformers-crop-1"
     summary = "how people rate a picture's looks, 1 to 10, whatever its prompt"
     differentiable = True
     uses_prompt = False
     scale = "rating"
     typical: tuple[float, float] | None = (3.0, 8.0)
+    input_size: int | None = 224
+    memory_gb: float | None = 0.61
+    licence = "Apache-2.0"
+    hacks: tuple[str, ...] = (
+        "It never saturates: pictures drift to one smooth, painterly style. A score of 8 and more is hacked.",
+        "The prompt is not seen: anything pretty scores, whatever was asked for.",
+        "Frames, bokeh, sunsets and signatures score, since rated art has them.",
+    )
 
     def __init__(
-        self, checkpoint: str | None = None, tower: str = "openai/clip-vit-large-patch14", **options: Any
+        self,
+        checkpoint: str = PUBLISHED,
+        tower: str = "openai/clip-vit-large-patch14",
+        processor: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
-        if checkpoint is None:
-            raise UserError(
-                f"the reward {self.name} needs the file of its head: write {self.name}:path/to/file.pth. "
-                f"The published one is at {_SOURCE}."
-            )
         self.checkpoint, self.tower_path = resolve(checkpoint), resolve(tower)
+        self.processor = resolve(processor) if processor else self.tower_path
+        self.revision, self.local_files_only = revision, local_files_only
 
     def load(self) -> None:
-        head = AestheticHead.from_state_dict(read_weights(self.checkpoint))
-        tower = load_tower(self.tower_path)
+        file = locate(self.checkpoint, _FILES, what="aesthetic head", local_files_only=self.local_files_only)
+        head = AestheticHead.from_state_dict(read_weights(file))
+        options: dict[str, Any] = {"revision": self.revision, "local_files_only": self.local_files_only}
+        tower = load_tower(self.tower_path, **options)
         wanted, given = head.widths[0], tower.config.projection_dim
         if wanted != given:
             raise UserError(
                 f"the aesthetic head {self.checkpoint!r} takes embeddings of {wanted}, but {self.tower_path!r} gives "
-                f"{given}: it was trained on another CLIP"
+                f"{given}: it was trained on another CLIP. Give that one as tower=."
             )
-        self.head = head.requires_grad_(False).to(self.device)
+        if self.processor != self.tower_path:
+            options["revision"] = None
+        self.preprocess = load_preprocess(self.processor, advice=_ADVICE, **options)
+        self.head = head.requires_grad_(False).to(self.device, self._head_dtype())
         self.tower = tower.to(self.device, self.dtype)
-        self.preprocess = load_preprocess(self.tower_path)
         self.input_size = self.preprocess.crop
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         pixels = self.preprocess(images, exact=not torch.is_grad_enabled())
         scores: Tensor = self.head(self.tower(pixel_values=pixels.to(self.dtype)).image_embeds)
         return scores
+
+    def _head_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 class ShapesAesthetic(Aesthetic):
@@ -132,6 +155,9 @@ class ShapesAesthetic(Aesthetic):
     name = "shapes-aesthetic"
     summary = "clean pictures of the shapes world with large, centred things, 1 to 10"
     typical = None
+    input_size = 64
+    memory_gb = None
+    hacks = ("The prompt is not seen: one large thing in the middle scores, whatever was asked for.",)
 
     def __init__(self, checkpoint: str = "shapes-aesthetic", tower: str | None = None, **options: Any) -> None:
         if tower is None:
@@ -139,39 +165,21 @@ class ShapesAesthetic(Aesthetic):
         super().__init__(checkpoint, str(tower), **options)
 
 
-def load_tower(path: str) -> CLIPVisionModelWithProjection:
+def load_tower(path: str, **options: Any) -> CLIPVisionModelWithProjection:
     """The image half of a CLIP checkpoint, with its projection, frozen; the text half is not loaded.
+
+    Args:
+        options: revision, local_files_only.
 
     Raises:
         UserError: it is not there, or not a CLIP.
     """
-    config = load_from(AutoConfig.from_pretrained, path)
-    if isinstance(config, CLIPConfig):
+    config = load_config(path, ("clip", "clip_vision_model"), **options)
+    if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim  # a whole CLIP keeps it one level up
         config = config.vision_config
-    if not isinstance(config, CLIPVisionConfig):
-        raise UserError(f"{path!r} is a {config.model_type}, not a CLIP")
-    tower: CLIPVisionModelWithProjection = load_model(CLIPVisionModelWithProjection, path, config=config)
+    unused = ("text_model.", "text_projection.", "logit_scale")
+    tower: CLIPVisionModelWithProjection = load_model(
+        CLIPVisionModelWithProjection, path, config=config, unused=unused, **options
+    )
     return tower
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or torch file, or of ``model.safetensors`` in a folder, on the CPU.
-
-    Raises:
-        UserError: there is no such file, or a torch file holds more than tensors.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"there is no weight file {file}")
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file} is not a plain file of tensors, and nothing else is loaded: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} holds a {type(state).__name__}, not tensors by name")
-    return state
