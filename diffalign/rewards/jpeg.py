@@ -33,7 +33,9 @@ class JpegIncompressibility(Reward):
     uses_prompt = False
     takes = "pil"
     licence = "Apache-2.0"
-    hacks = ("is maximal for noise, whatever the prompt: it shows that an optimiser works, not that pictures improve",)
+    hacks = (
+        "Noise is the maximum, whatever the prompt: it shows that an optimiser works, not that pictures improve.",
+    )
 
     def __init__(self, quality: int = 95, **options: Any) -> None:
         super().__init__(**options)
@@ -50,7 +52,7 @@ class JpegCompressibility(JpegIncompressibility):
 
     name = "jpeg_compressibility"
     summary = "minus the size of the picture as a JPEG file, in kB"
-    hacks = ("is maximal for one plain colour, whatever the prompt: it shows that an optimiser works, no more",)
+    hacks = ("A plain colour is the maximum, whatever the prompt: it shows that an optimiser works, no more.",)
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         return -super().score(images, prompts, metadata)

@@ -19,6 +19,8 @@ class ShapesJudge(Reward):
     """What judges of the shapes world have in common: they read pictures and understand only its captions."""
 
     takes = "pil"
+    input_size = 64
+    licence = "Apache-2.0"
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for index, prompt in enumerate(prompts):
@@ -34,6 +36,8 @@ class ShapesChecker(ShapesJudge):
     name = "shapes-checker"
     summary = "share of the caption's facts that hold in a picture of the shapes world"
     scale = "probability"
+    typical = (0.0, 1.0)
+    hacks = ("What a caption leaves open is free: a model may always draw the same, and lose its diversity unseen.",)
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         return torch.from_numpy(checker.scores(images, prompts))
@@ -53,6 +57,11 @@ class ShapesAnnotator(ShapesJudge):
     name = "shapes-annotator"
     summary = "how much the simulated annotators of the shapes world like a picture"
     scale = "bt_logit"
+    typical = (0.0, 16.0)
+    hacks = (
+        "Part of it is taste: large things in the middle score wherever the caption leaves that open, and diversity "
+        "is lost.",
+    )
 
     def __init__(self, user_id: int | None = None, **options: Any) -> None:
         super().__init__(**options)
