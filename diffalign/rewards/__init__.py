@@ -13,18 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward, RewardCard, RewardError, RewardOutput
+    from diffalign.rewards.combine import RewardSpec, load_rewards
+    from diffalign.rewards.failures import FailureLedger, FailurePolicy, guarded
     from diffalign.rewards.registry import load_reward, register
+    from diffalign.rewards.reward_set import CombinedRewards, RewardSet
+    from diffalign.rewards.score_cache import CachedReward, ScoreCache
 
 _EXPORTS = {
+    "CachedReward": "score_cache",
+    "CombinedRewards": "reward_set",
+    "FailureLedger": "failures",
+    "FailurePolicy": "failures",
     "Reward": "base",
     "RewardCard": "base",
     "RewardError": "base",
     "RewardOutput": "base",
+    "RewardSet": "reward_set",
+    "RewardSpec": "combine",
+    "ScoreCache": "score_cache",
+    "guarded": "failures",
     "load_reward": "registry",
+    "load_rewards": "combine",
     "register": "registry",
 }
 
-__all__ = ["Reward", "RewardCard", "RewardError", "RewardOutput", "load_reward", "register"]
+__all__ = [
+    "CachedReward",
+    "CombinedRewards",
+    "FailureLedger",
+    "FailurePolicy",
+    "Reward",
+    "RewardCard",
+    "RewardError",
+    "RewardOutput",
+    "RewardSet",
+    "RewardSpec",
+    "ScoreCache",
+    "guarded",
+    "load_reward",
+    "load_rewards",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:
