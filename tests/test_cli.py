@@ -52,7 +52,7 @@ def test_no_command_shows_help_and_fails(capsys: pytest.CaptureFixture[str]) -> 
         (["zzz"], ["'zzz'", "Commands: demo, train"]),
         (["train"], ["which method?", "dpo"]),
         (["train", "dop"], ["'dop'", "Did you mean 'dpo'?"]),
-        (["train", "--config", "x.yaml"], ["the method comes first", "dpo"]),
+        (["train", "--config", "x.yaml"], ["x.yaml", "no such file"]),
         (["recipes", "shwo"], ["shwo"]),
         (["recipes", "show", "shapes-dop"], ["'shapes-dop'", "Did you mean 'shapes-dpo'?"]),
     ],

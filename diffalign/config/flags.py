@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from diffalign import recipes
@@ -39,7 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(
-    cls: type[T], argv: Sequence[str] | None = None, description: str | None = None, *, prog: str | None = None
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    *,
+    prog: str | None = None,
+    adapt: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
 ) -> T:
     """Read a config from the command line.
 
@@ -53,6 +58,7 @@ def parse_args(
         argv: the words; the process's own without it.
         description: what the command does, for ``--help``; without it the docstring of ``cls``.
         prog: name of the command, for ``--help``.
+        adapt: what to make of the file's keys and values, and its name, before they are checked.
 
     Raises:
         UserError: an unknown flag or key, a wrong value, a required field without one.
@@ -79,7 +85,8 @@ def parse_args(
     source = tokens.pop("config", None)
     if source is not None:
         path = recipes.resolve(source)
-        values = convert_fields(cls, load_yaml(path), path)
+        settings = load_yaml(path)
+        values = convert_fields(cls, adapt(settings, path) if adapt else settings, path)
     for name, words_given in tokens.items():
         _put(values, name, _read(words_given, *flags[name], f"{_SOURCE}: --{name}"))
     return build(cls, values)

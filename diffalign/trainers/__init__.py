@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diffalign.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 class Method(NamedTuple):
@@ -82,3 +87,36 @@ def load_method(name: str) -> tuple[type[Any], type[Any]]:
     method = METHODS[name]
     module = importlib.import_module(method.module)
     return getattr(module, method.config), getattr(module, method.trainer)
+
+
+def settings_for(name: str, settings: Mapping[str, Any], source: str = "config") -> dict[str, Any]:
+    """The settings of a file, for a method that need not be the one the file was written for.
+
+    Settings that only other methods have, such as the beta of the method that was there before, are left out, and a
+    log line says which. Keys that no method has stay, for whoever checks them.
+
+    Args:
+        name: the method that is to run.
+        settings: keys and values of the file; ``method`` is set to ``name``.
+        source: name of the file.
+
+    Raises:
+        UserError: there is no method of that name.
+    """
+    own = _field_names(name)
+    foreign = {key: [m for m in METHODS if m != name and key in _field_names(m)] for key in settings if key not in own}
+    dropped = [f"{key}: {settings[key]} (of {', '.join(methods)})" for key, methods in foreign.items() if methods]
+    if dropped:
+        only = sorted(own - set.union(*(_field_names(m) for m in METHODS if m != name)))
+        logger.warning(
+            "%s: %s has no %s; left out.%s",
+            source,
+            name,
+            ", ".join(dropped),
+            f" Its own settings: {', '.join(only)}." if only else "",
+        )
+    return {**{key: value for key, value in settings.items() if not foreign.get(key)}, "method": name}
+
+
+def _field_names(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(load_method(method)[0])}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from diffalign.errors import UserError
 from diffalign.pipelines import Family, load_family
 from diffalign.training.config import TrainingConfig
 from diffalign.training.model_card import write_model_card
@@ -55,6 +56,12 @@ class Trainer(StepLoop[Config, Batch]):
     usual_causes = ", a VAE that overflows in fp16, or bad cached latents"
 
     def __init__(self, config: Config, family: Family | None = None) -> None:
+        if config.method not in (None, self.method):
+            raise UserError(
+                f"these settings are for the method {config.method}, and {self.method} was to run. Change method: "
+                f"{config.method} to method: {self.method} (or remove it), or run {config.method}."
+            )
+        config.method = self.method
         super().__init__(config)
         self.family = family or load_family(
             config.pretrained_model_name_or_path,

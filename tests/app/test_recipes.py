@@ -8,12 +8,12 @@ from diffalign import cli, recipes
 from diffalign.app.recipes import copy_recipe
 from diffalign.config import from_dict, load_yaml
 from diffalign.errors import UserError
-from diffalign.trainers import METHODS, load_method
+from diffalign.trainers import load_method
 
 
 def method_of(name: str) -> str:
-    """Recipes are named model-method-machine."""
-    return next(method for method in METHODS if method in name.split("-"))
+    """Every recipe names its method."""
+    return str(load_yaml(recipes.find(name))["method"])
 
 
 @pytest.mark.parametrize("name", recipes.names())
