@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -22,11 +22,11 @@ from diffalign.data.encoding import Encoder, Job, encode_pictures, encode_prompt
 from diffalign.data.exchange import Exchange
 from diffalign.data.geometry import Geometry, Placement
 from diffalign.data.images import BadImage
-from diffalign.data.items import CachedPairs
-from diffalign.data.plans import Plan, plan_pair, plan_source, restore_plan
-from diffalign.data.readers import PairSource, PairStream
-from diffalign.data.records import Pair
+from diffalign.data.items import CachedItems
+from diffalign.data.plans import Plan, plan_record, plan_source, require_some, restore_plan
+from diffalign.data.records import Record
 from diffalign.data.shards import ShardStore, cache_folder, default_cache_dir, digest
+from diffalign.data.sources import Source, Stream
 from diffalign.errors import UserError
 
 __all__ = ["build_cache", "default_cache_dir"]
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _STREAM_CHUNK = 256
-"""Pairs of a stream that are held in memory at once."""
+"""Records of a stream that are held in memory at once."""
 
 
 def build_cache(
-    source: PairSource | PairStream,
+    source: Source[Any] | Stream[Any],
     family: Encoder,
     cache_dir: str | Path | None = None,
     *,
@@ -53,15 +53,15 @@ def build_cache(
     world_size: int = 1,
     barrier: Callable[[], object] | None = None,
     progress: bool = True,
-) -> CachedPairs:
-    """Encode what is not on disk yet, and return the pairs as training items.
+) -> CachedItems:
+    """Encode what is not on disk yet, and return the records as training items.
 
     The VAE and the text encoders are loaded only if something is missing, and not freed here. Latents are the
     posterior's mean: one sample, drawn once and kept, would be noise that every epoch learns. A row with a bad picture
     is skipped and listed, up to the source's limit.
 
     Args:
-        source: from :func:`diffalign.data.readers.open_pairs`.
+        source: from :func:`diffalign.data.readers.open_pairs` or :func:`diffalign.data.labelled.open_images`.
         family: the model family (see :class:`diffalign.data.encoding.Encoder`).
         cache_dir: shared by runs, and by all processes of a run; :func:`default_cache_dir` by default.
         geometry: size, crop and flip, with the family's ``resolution_multiple``.
@@ -74,7 +74,7 @@ def build_cache(
         progress: draw bars, on the first process.
 
     Raises:
-        UserError: too many bad rows, no pairs left, no space left, or latents that are not finite.
+        UserError: too many bad rows, nothing left, no space left, or latents that are not finite.
     """
     if latent_dtype not in DTYPES:
         raise UserError(f"latent_dtype {latent_dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
@@ -91,13 +91,14 @@ def build_cache(
         exchange=exchange,
         progress=progress and rank == 0,
     )
-    if isinstance(source, PairStream):
-        plans = builder.encode_stream(source)
+    if isinstance(source, Stream):
+        plans = source.select(builder.encode_stream(source))
     else:
         plans = plan_source(source, cache_dir=folder, exchange=exchange, progress=progress)
-        plans = builder.encode_source(source, plans)
+        plans = builder.encode_source(source, source.select(plans))
     if source.bad_rows.reasons:
-        logger.warning("%s: %d pairs, %d bad rows skipped", source.name, len(plans), len(source.bad_rows.reasons))
+        bad = len(source.bad_rows.reasons)
+        logger.warning("%s: %d %s, %d bad rows skipped", source.name, len(plans), source.noun, bad)
     cached = builder.open(plans)
     exchange.close()
     return cached
@@ -122,27 +123,27 @@ class _Builder:
     encode_text: bool
     exchange: Exchange
     progress: bool
-    placed: dict[int, tuple[Placement, Placement]] = field(default_factory=dict)
+    placed: dict[int, tuple[Placement, ...]] = field(default_factory=dict)
 
-    def encode_source(self, source: PairSource, plans: Sequence[Plan]) -> list[Plan]:
-        """Encode what is missing, shared out between the processes; returns the plans of sound pairs."""
+    def encode_source(self, source: Source[Any], plans: Sequence[Plan]) -> list[Plan]:
+        """Encode what is missing, shared out between the processes; returns the plans of sound records."""
         self._prompts([prompt for prompt in self._missing_prompts(plans) if self._is_mine(prompt_key(prompt))])
         failed = self._pictures([job for job in self._jobs(plans) if self._is_mine(job.key)], source.__getitem__)
         reasons = dict(itertools.chain.from_iterable(self.exchange.share("failed", failed)))
         return self._sound(plans, reasons, source)
 
-    def encode_stream(self, stream: PairStream) -> list[Plan]:
-        """Encode this process's pairs of a stream as they come; returns the plans of all."""
+    def encode_stream(self, stream: Stream[Any]) -> list[Plan]:
+        """Encode this process's records of a stream as they come; returns the plans of all."""
         rank, world_size = self.exchange.rank, self.exchange.world_size
-        own = ((i, pair) for i, pair in enumerate(stream) if i % world_size == rank)
+        own = ((i, record) for i, record in enumerate(stream) if i % world_size == rank)
         plans: list[Plan] = []
-        bar = tqdm(desc="caching a stream", unit="pair", disable=not self.progress, leave=False)
+        bar = tqdm(desc="caching a stream", unit=stream.noun, disable=not self.progress, leave=False)
         self.progress = False
         while chunk := dict(itertools.islice(own, _STREAM_CHUNK)):
             found = []
-            for index, pair in chunk.items():
+            for index, record in chunk.items():
                 try:
-                    found.append(plan_pair(index, pair))
+                    found.append(plan_record(index, record))
                 except BadImage as error:
                     stream.bad_rows.add(error)
             self._prompts(self._missing_prompts(found))
@@ -152,57 +153,60 @@ class _Builder:
         parts = self.exchange.share("plans", [asdict(plan) for plan in plans])
         return sorted(map(restore_plan, itertools.chain.from_iterable(parts)), key=lambda plan: plan.index)
 
-    def open(self, plans: Sequence[Plan]) -> CachedPairs:
+    def open(self, plans: Sequence[Plan]) -> CachedItems:
         """The items, once every process has written its part."""
         self.exchange.share("written", True)
+        require_some(plans)
         self.latents.refresh()
         self.text.refresh()
         if self.exchange.rank == 0:
-            self._warn_truncated(list(dict.fromkeys(text for plan in plans for text in plan.captions)))
+            self._warn_truncated(list(dict.fromkeys(text for plan in plans for text in plan.texts)))
         placements = [self._place(plan) for plan in plans]
-        enlarged = sum(placement.enlarges for pair in placements for placement in pair)
-        if enlarged:
-            logger.info("%d of %d pictures are smaller than the target and were enlarged", enlarged, 2 * len(plans))
+        pictures = list(itertools.chain.from_iterable(placements))
+        if enlarged := sum(placement.enlarges for placement in pictures):
+            logger.info("%d of %d pictures are smaller than the target and were enlarged", enlarged, len(pictures))
         latents, places = self.latents.reader(key for plan in plans for key in self._keys(plan))
         text = None
         if self.encode_text:
             reader, text_places = self.text.reader(map(prompt_key, self._all_prompts(plans)))
-            text = reader, text_places.view(-1, 3, 2)
-        return CachedPairs(plans, placements, (latents, places.view(-1, 2, 2)), text)
+            text = reader, text_places.view(len(plans) + 1, -1, 2)
+        return CachedItems(plans, placements, (latents, places.view(len(plans), -1, 2)), text)
 
     def _is_mine(self, key: str) -> bool:
         """Whether this process sees to a key. By the key alone, so that nothing is left over where another run adds
         entries meanwhile and the processes do not see the same ones missing."""
         return int(key, 16) % self.exchange.world_size == self.exchange.rank
 
-    def _place(self, plan: Plan) -> tuple[Placement, Placement]:
+    def _place(self, plan: Plan) -> tuple[Placement, ...]:
         if plan.index not in self.placed:
             self.placed[plan.index] = self.geometry.place(plan.id, *plan.sizes)
         return self.placed[plan.index]
 
     def _keys(self, plan: Plan) -> list[str]:
-        pairs = zip(plan.digests, self._place(plan), strict=True)
-        return [picture_key(content, placement) for content, placement in pairs]
+        return list(map(picture_key, plan.digests, self._place(plan)))
 
     def _jobs(self, plans: Sequence[Plan]) -> list[Job]:
         """The pictures that are not in the store, each once."""
         jobs: dict[str, Job] = {}
         for plan in plans:
-            for side, key, placement in zip(("chosen", "rejected"), self._keys(plan), self._place(plan), strict=True):
+            for side, key, placement in zip(plan.sides, self._keys(plan), self._place(plan), strict=True):
                 if key not in self.latents:
                     jobs.setdefault(key, Job(key, plan.index, side, placement))
         return list(jobs.values())
 
     def _all_prompts(self, plans: Sequence[Plan]) -> Iterator[str]:
-        """Three prompts a plan, and three empty ones at the end, for prompt dropout."""
-        return itertools.chain.from_iterable(itertools.chain((plan.captions for plan in plans), [("", "", "")]))
+        """The texts of every plan, and as many empty ones at the end, for prompt dropout."""
+        empty = [("",) * len(plan.texts) for plan in plans[:1]]
+        return itertools.chain.from_iterable(itertools.chain((plan.texts for plan in plans), empty))
 
     def _missing_prompts(self, plans: Sequence[Plan]) -> list[str]:
         if not self.encode_text:
             return []
         return [prompt for prompt in dict.fromkeys(self._all_prompts(plans)) if prompt_key(prompt) not in self.text]
 
-    def _sound(self, plans: Sequence[Plan], reasons: Mapping[str, str], source: PairSource | PairStream) -> list[Plan]:
+    def _sound(
+        self, plans: Sequence[Plan], reasons: Mapping[str, str], source: Source[Any] | Stream[Any]
+    ) -> list[Plan]:
         """The plans without a damaged picture; the others are bad rows."""
         sound = []
         for plan in plans:
@@ -216,7 +220,7 @@ class _Builder:
     def _prompts(self, prompts: Sequence[str]) -> None:
         encode_prompts(prompts, self.family, self.text, batch_size=self.batch_sizes[1], progress=self.progress)
 
-    def _pictures(self, jobs: Sequence[Job], fetch: Callable[[int], Pair]) -> list[tuple[str, str]]:
+    def _pictures(self, jobs: Sequence[Job], fetch: Callable[[int], Record]) -> list[tuple[str, str]]:
         return encode_pictures(
             jobs,
             fetch,

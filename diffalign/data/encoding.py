@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from diffalign.data.geometry import Placement, Size
 from diffalign.data.images import BadImage
 from diffalign.data.plans import in_parallel
-from diffalign.data.records import Pair
+from diffalign.data.records import Record
 from diffalign.data.shards import ShardStore, digest, free_space, no_space
 from diffalign.errors import UserError
 
@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to encode: of the pair at ``index`` in the source, ``side`` "chosen" or "rejected"."""
+    """One picture to encode: attribute ``side`` of the record at ``index`` in the source."""
 
     key: str
     index: int
@@ -79,7 +79,7 @@ def encode_prompts(
 
 def encode_pictures(
     jobs: Sequence[Job],
-    fetch: Callable[[int], Pair],
+    fetch: Callable[[int], Record],
     encoder: Encoder,
     store: ShardStore,
     *,
@@ -91,7 +91,7 @@ def encode_pictures(
 
     Args:
         jobs: pictures that are not in the store.
-        fetch: the pair at an index, called from several threads.
+        fetch: the record at an index, called from several threads.
         dtype: in which latents are stored.
 
     Returns:

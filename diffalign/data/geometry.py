@@ -1,12 +1,13 @@
-"""How a pair of pictures becomes pixels: one target size, one crop and one flip for both.
+"""How pictures become pixels: one target size, one crop and one flip for both pictures of a pair.
 
 A picture is scaled until it just covers the target, then cropped. Crop and flip are drawn from a key (seed, purpose,
-pair id), so they are fixed for a pair: another epoch sees the same crop and the same flip, with caches on or off. They
-enter the key of a cache entry, so that another choice never reuses a stale one.
+sample id), so they are fixed for a sample: another epoch sees the same crop and the same flip, with caches on or off.
+They enter the key of a cache entry, so that another choice never reuses a stale one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,11 +81,11 @@ class Geometry:
     Args:
         resolution: target side in pixels; a pair (height, width) for a target that is not square.
         multiple: what target sides must be divisible by (the VAE's factor).
-        crop: "center", or "random" (drawn once per pair).
-        flip: mirror half of the pairs, drawn once per pair.
+        crop: "center", or "random" (drawn once per sample).
+        flip: mirror half of the samples, drawn once per sample.
         buckets: None for one target; "auto" for a ladder of aspect ratios with about resolution^2 pixels; or a
-            list "height,width;height,width". A pair goes to the bucket nearest to the geometric mean of its
-            two aspect ratios.
+            list "height,width;height,width". A sample goes to the bucket nearest to the geometric mean of
+            its pictures' aspect ratios.
         seed: the run's seed.
 
     Raises:
@@ -112,7 +113,7 @@ class Geometry:
 
     @cached_property
     def targets(self) -> tuple[Size, ...]:
-        """Every target size (height, width) that a pair may get: the buckets, in order."""
+        """Every target size (height, width) that a sample may get: the buckets, in order."""
         square = self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
         if self.buckets is None:
             return (square,)
@@ -128,19 +129,19 @@ class Geometry:
                 f"buckets {self.buckets!r}: {error} Write 'auto', or for example '1024,1024;832,1216'."
             ) from error
 
-    def place(self, pair_id: str, chosen: Size, rejected: Size) -> tuple[Placement, Placement]:
-        """Place both pictures of a pair, given their (height, width) after EXIF orientation.
+    def place(self, sample_id: str, *sizes: Size) -> tuple[Placement, ...]:
+        """Place the pictures of a sample, given the (height, width) of each after EXIF orientation.
 
-        Both get the same target, the same flip and the same relative corner of the crop.
+        All get the same target, the same flip and the same relative corner of the crop.
         """
-        height, width = (chosen[0] * rejected[0]) ** 0.5, (chosen[1] * rejected[1]) ** 0.5
+        height, width = (math.prod(sides) ** (1 / len(sizes)) for sides in zip(*sizes, strict=True))
         target = self.targets[find_nearest_bucket(height, width, self.targets)] if self.buckets else self.targets[0]
         corner = (0.5, 0.5)
         if self.crop == "random":
-            rows = [(self.seed, "crop_top", pair_id), (self.seed, "crop_left", pair_id)]
+            rows = [(self.seed, "crop_top", sample_id), (self.seed, "crop_left", sample_id)]
             corner = tuple(keyed_uniform(rows).tolist())
-        flip = self.flip and bool(keyed_uniform([(self.seed, "flip", pair_id)])[0] < 0.5)
-        return _cover(chosen, target, corner, flip), _cover(rejected, target, corner, flip)
+        flip = self.flip and bool(keyed_uniform([(self.seed, "flip", sample_id)])[0] < 0.5)
+        return tuple(_cover(size, target, corner, flip) for size in sizes)
 
 
 def _cover(size: Size, target: Size, corner: tuple[float, float], flip: bool) -> Placement:

@@ -16,22 +16,24 @@ Table = RowsTable | ArrowTable | StreamTable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 LAYOUTS = (
-    "*.parquet or *.arrow files, a folder saved by `datasets`, a list of rows in *.jsonl or *.json, "
-    "or two folders chosen/ and rejected/ with equal file stems"
+    "*.parquet or *.arrow files, *.tar files of webdataset, a folder saved by `datasets`, a list of rows in *.jsonl "
+    "or *.json, two folders chosen/ and rejected/ with equal file stems, or images beside captions in *.txt"
 )
 
+_WEB_IMAGES = {suffix[1:] for suffix in IMAGE_SUFFIXES}
 _SHARD_SUFFIX = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "heldout", "eval")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def open_table(source: Any, *, split: str, streaming: bool) -> Table:
+def open_table(source: Any, *, split: str, streaming: bool, config_name: str | None = None) -> Table:
     """Open a data set as a table.
 
     Args:
         source: a file, a folder, a hub id, a bundled name, a ``datasets`` object or a list of rows (dicts).
         split: which split; a set without splits has only "train".
         streaming: read a hub data set row by row, without downloading it first.
+        config_name: the configuration of a hub data set that has several.
 
     Raises:
         UserError: nothing there, an unknown layout, or no such split; what was found is listed.
@@ -40,14 +42,14 @@ def open_table(source: Any, *, split: str, streaming: bool) -> Table:
         path = Path(resolve(str(source))).expanduser()
         if path.exists():
             return _open_local(path, split)
-        return _open_hub(str(source), split, streaming)
+        return _open_hub(str(source), config_name, split, streaming)
     if isinstance(source, Sequence):
         return RowsTable("list of rows", source, [f"list of rows, row {index}" for index in range(len(source))])
     if isinstance(source, Mapping):
         return open_table(_pick(source, split, "the data set"), split=split, streaming=streaming)
     if hasattr(source, "column_names"):
         return ArrowTable("data set", source) if hasattr(source, "__len__") else StreamTable("data set", source)
-    raise UserError(f"cannot read pairs from a {type(source).__name__}. Give a path, a hub id, a data set or a list.")
+    raise UserError(f"cannot read data from a {type(source).__name__}. Give a path, a hub id, a data set or a list.")
 
 
 def _open_local(path: Path, split: str) -> Table:
@@ -68,8 +70,11 @@ def _open_local(path: Path, split: str) -> Table:
         files = [file for folder in (path, path / "data", path / split) for file in sorted(folder.glob("*" + suffix))]
         if files:
             return opener(_files_of_split(files, split, path))
+    for folder in (path / split, path):
+        if folder.is_dir() and (captioned := _captioned_images(folder)):
+            return captioned
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
-    raise UserError(f"{path}: no preference data there (found: {inside}). Known layouts: {LAYOUTS}.")
+    raise UserError(f"{path}: no data there that is known (found: {inside}). Known layouts: {LAYOUTS}.")
 
 
 def _files_of_split(files: Sequence[Path], split: str, path: Path) -> list[Path]:
@@ -120,6 +125,33 @@ def _open_arrow(files: Sequence[Path]) -> Table:
     counted = [(file, len(part)) for file, part in zip(files, parts, strict=True)]
     name = str(files[0] if len(files) == 1 else files[0].parent)
     return ArrowTable(name, datasets.concatenate_datasets(parts), counted, files[0].parent)
+
+
+def _open_tar(files: Sequence[Path]) -> Table:
+    import datasets
+
+    names = [str(file) for file in files]
+    try:
+        table = _quietly(lambda: datasets.load_dataset("webdataset", data_files={"train": names}, split="train"))
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise _damaged(files[0] if len(files) == 1 else files[0].parent, error) from error
+    return ArrowTable(names[0] if len(names) == 1 else str(files[0].parent), _plain_webdataset(table))
+
+
+def _plain_webdataset(table: Any) -> Any:
+    """The columns of a webdataset under plain names: ``jpg_0.jpg`` is ``jpg_0``, the fields of ``json`` their own."""
+    if "__key__" not in (table.column_names or []):
+        return table
+    fields = (table.features or {}).get("json")
+    inside = list(fields) if isinstance(fields, Mapping) else []
+    taken = set(table.column_names)
+    new = {name: name for name in inside if name not in taken}
+    if new:
+        table = table.map(lambda row: {name: (row["json"] or {}).get(name) for name in new}, remove_columns=["json"])
+        taken |= new.keys()
+    names = {"txt": "prompt"} | {n: n.split(".")[0] for n in taken if n.rpartition(".")[2] in _WEB_IMAGES and "." in n}
+    names = {old: name for old, name in names.items() if old in taken and name not in taken}
+    return table.rename_columns(names) if names else table
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
@@ -188,6 +220,15 @@ def _folder_pair(folder: Path) -> Table:
     return RowsTable(str(folder), rows, names, folder)
 
 
+def _captioned_images(folder: Path) -> Table | None:
+    """Images with their captions in files of the same stem; None where there are none."""
+    images = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not any(file.with_suffix(".txt").is_file() for file in images):
+        return None
+    rows = [{"image": file.name, "prompt": _caption(file.with_suffix(".txt"))} for file in images]
+    return RowsTable(str(folder), rows, [str(file) for file in images], folder)
+
+
 def _images_by_stem(folder: Path) -> dict[str, str]:
     images: dict[str, str] = {}
     for file in sorted(folder.iterdir()):
@@ -202,19 +243,20 @@ def _caption(file: Path) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def _open_hub(name: str, split: str, streaming: bool) -> Table:
+def _open_hub(name: str, config_name: str | None, split: str, streaming: bool) -> Table:
     import datasets
 
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such file or folder.")
     try:
-        table = datasets.load_dataset(name, split=split, streaming=streaming)
+        table = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name!r} is neither a local file or folder nor a data set that could be loaded from the hub, "
             f"split {split!r} ({type(error).__name__}: {reason}). Check the path or id, the split and the network."
         ) from error
+    table = _plain_webdataset(table)
     return StreamTable(name, table) if streaming else ArrowTable(name, table)
 
 
@@ -236,4 +278,5 @@ _FILES: dict[str, Callable[[Sequence[Path]], Table]] = {
     ".arrow": _open_arrow,
     ".jsonl": _open_json,
     ".json": _open_json,
+    ".tar": _open_tar,
 }

@@ -1,6 +1,6 @@
-"""Look at every pair of a source once, without decoding: content hashes, sizes and damage.
+"""Look at every record of a source once, without decoding: content hashes, sizes and damage.
 
-A plan is what caching and training need to know of a pair beside its pixels. It does not depend on a model or on a
+A plan is what caching and training need to know of a record beside its pixels. It does not depend on a model or on a
 resolution.
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,73 +19,74 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from diffalign.data.exchange import Exchange
+from diffalign.data.geometry import Size
 from diffalign.data.images import BadImage
-from diffalign.data.readers import PairSource
-from diffalign.data.records import Pair
+from diffalign.data.records import Record
 from diffalign.data.shards import digest, write_atomically
+from diffalign.data.sources import Source
+from diffalign.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pair, without its pixels.
+    """One record, without its pixels.
 
-    ``index`` is its place in the source; ``digests`` are content hashes and ``sizes`` (height, width) of the chosen
-    and the rejected picture; the rest is as in :class:`Pair`.
+    ``index`` is its place in the source; ``digests`` are content hashes and ``sizes`` (height, width) of its pictures,
+    which are its attributes ``sides``; the rest is as in :class:`diffalign.data.records.Record`.
     """
 
     index: int
     id: str
-    prompt: str
-    chosen_prompt: str | None
-    rejected_prompt: str | None
-    label: float
-    margin: float | None
-    digests: tuple[str, str]
-    sizes: tuple[tuple[int, int], tuple[int, int]]
+    captions: tuple[str, *tuple[str | None, ...]]
+    numbers: Mapping[str, float | None]
+    sides: tuple[str, ...]
+    digests: tuple[str, ...]
+    sizes: tuple[Size, ...]
 
     @property
-    def captions(self) -> tuple[str, str, str]:
-        """The prompt, and what the chosen and the rejected picture are conditioned on."""
-        chosen = self.prompt if self.chosen_prompt is None else self.chosen_prompt
-        rejected = self.prompt if self.rejected_prompt is None else self.rejected_prompt
-        return self.prompt, chosen, rejected
+    def prompt(self) -> str:
+        return self.captions[0]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt, and what each picture is conditioned on: its own caption, or the prompt where it has none."""
+        return tuple(self.prompt if caption is None else caption for caption in self.captions)
 
 
-def plan_pair(index: int, pair: Pair, thorough: bool = False) -> Plan:
-    """Inspect both pictures of a pair, and decode them too where ``thorough``. Raises BadImage."""
+def plan_record(index: int, record: Record, thorough: bool = False) -> Plan:
+    """Inspect the pictures of a record, and decode them too where ``thorough``. Raises BadImage."""
+    images = [getattr(record, side) for side in record.SIDES]
     if thorough:
-        pair.chosen.decode()
-        pair.rejected.decode()
-    chosen, rejected = pair.chosen.inspect(), pair.rejected.inspect()
+        for image in images:
+            image.decode()
+    found = [image.inspect() for image in images]
     return Plan(
         index=index,
-        id=pair.id,
-        prompt=pair.prompt,
-        chosen_prompt=pair.chosen_prompt,
-        rejected_prompt=pair.rejected_prompt,
-        label=pair.label,
-        margin=pair.margin,
-        digests=(chosen.digest, rejected.digest),
-        sizes=(chosen.size, rejected.size),
+        id=record.id,
+        captions=record.captions,
+        numbers=record.numbers,
+        sides=record.SIDES,
+        digests=tuple(inspection.digest for inspection in found),
+        sizes=tuple(inspection.size for inspection in found),
     )
 
 
 def plan_source(
-    source: PairSource,
+    source: Source[Any],
     *,
     cache_dir: Path | None = None,
     exchange: Exchange | None = None,
     thorough: bool = False,
     progress: bool = True,
 ) -> list[Plan]:
-    """Plans of all sound pairs of a source, in order; the others are counted in ``source.bad_rows``.
+    """Plans of all sound records of a source, in order; the others are counted in ``source.bad_rows``.
 
     With a ``cache_dir``, the plans of a source whose files did not change are read instead of the pictures.
     ``thorough`` decodes every picture, which also finds damage in the middle of a file.
@@ -103,14 +104,14 @@ def plan_source(
 
         def look(index: int) -> Plan | str:
             try:
-                return plan_pair(index, source[index], thorough)
+                return plan_record(index, source[index], thorough)
             except BadImage as error:
                 return str(error)
 
         own = range(exchange.rank, len(source), exchange.world_size)
         bar = tqdm(
             in_parallel(look, own),
-            "looking at pairs",
+            f"looking at {source.noun}",
             len(own),
             disable=not progress or exchange.rank > 0,
             leave=False,
@@ -128,10 +129,16 @@ def plan_source(
     return plans
 
 
+def require_some(plans: Sequence[Plan]) -> None:
+    """Raises UserError where nothing is left to train on."""
+    if not plans:
+        raise UserError("nothing is left to train on: every sample was left out, or has a bad picture (see above).")
+
+
 def restore_plan(fields: dict[str, Any]) -> Plan:
     """A plan from the fields that JSON kept of it."""
-    chosen, rejected = fields["sizes"]
-    return Plan(**fields | {"digests": tuple(fields["digests"]), "sizes": (tuple(chosen), tuple(rejected))})
+    tuples = {name: tuple(fields[name]) for name in ("captions", "sides", "digests")}
+    return Plan(**fields | tuples | {"sizes": tuple(map(tuple, fields["sizes"]))})
 
 
 def _read(path: Path | None) -> Sequence[dict[str, Any] | str] | None:
@@ -140,7 +147,7 @@ def _read(path: Path | None) -> Sequence[dict[str, Any] | str] | None:
     try:
         return json.loads(path.read_text())
     except ValueError:
-        logger.warning("%s is damaged: the pairs are looked at again", path)
+        logger.warning("%s is damaged: the pictures are looked at again", path)
         return None
 
 

@@ -1,10 +1,31 @@
-"""The one record that every reader produces."""
+"""The records that every reader produces: a preference pair, or one picture that is liked or not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from diffalign.data.images import EncodedImage
+
+
+class Record(Protocol):
+    """What caching and training ask of a record, whether it holds one picture or two."""
+
+    SIDES: ClassVar[tuple[str, ...]]
+    """Names of the attributes that hold the pictures."""
+
+    @property
+    def id(self) -> str:
+        """Keys every random number that belongs to the record."""
+
+    @property
+    def captions(self) -> tuple[str, *tuple[str | None, ...]]:
+        """The prompt; where pictures can have captions of their own, those too, None where there is none."""
+
+    @property
+    def numbers(self) -> Mapping[str, float | None]:
+        """What a loss may want beside pictures and text: "label" and others."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,8 @@ class Pair:
     noise. ``where`` names file and row for error messages.
     """
 
+    SIDES: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+
     id: str
     prompt: str
     chosen: EncodedImage
@@ -31,3 +54,37 @@ class Pair:
     margin: float | None = None
     user_id: str | None = None
     where: str = ""
+
+    @property
+    def captions(self) -> tuple[str, str | None, str | None]:
+        return self.prompt, self.chosen_prompt, self.rejected_prompt
+
+    @property
+    def numbers(self) -> Mapping[str, float | None]:
+        return {"label": self.label, "margin": self.margin}
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One picture with its prompt, and whether it is liked.
+
+    ``label`` is the probability that the picture is liked, in [0, 1]: 1 liked, 0 disliked; None where nobody said.
+    ``weight`` multiplies its loss (0 or more). ``id`` and ``where`` are as in :class:`Pair`.
+    """
+
+    SIDES: ClassVar[tuple[str, ...]] = ("image",)
+
+    id: str
+    prompt: str
+    image: EncodedImage
+    label: float | None = None
+    weight: float = 1.0
+    where: str = ""
+
+    @property
+    def captions(self) -> tuple[str]:
+        return (self.prompt,)
+
+    @property
+    def numbers(self) -> Mapping[str, float | None]:
+        return {"label": self.label, "weight": self.weight}

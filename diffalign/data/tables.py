@@ -83,6 +83,7 @@ class ArrowTable:
     def fingerprint(self, images: Sequence[str]) -> str | None:
         """Changes with the source; None where the pictures (columns ``images``) are files of their own."""
         for value in (self._dataset[0][name] for name in images if len(self._dataset)):
+            value = value[0] if isinstance(value, list) and value else value
             if not (value.get("bytes") if isinstance(value, dict) else isinstance(value, bytes)):
                 return None
         if self._files:
@@ -118,4 +119,6 @@ def _undecoded(dataset: Any) -> Any:
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
     return dataset

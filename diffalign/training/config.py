@@ -131,6 +131,9 @@ class DataConfig(TrainingConfig):
     dataset_config_name: str | None = field(None, help="Configuration of the hub data set.")
     dataset_split: str = field("train", help="Split to train on.")
     columns: dict[str, str] | None = field(None, help="Column names, where they differ: {prompt: my_caption, ...}.")
+    rankings: str = field(
+        "all", help="Pairs made of ranked images: all, adjacent, best-worst, or a number of random ones a list."
+    )
     max_train_samples: int | None = field(None, help="Use only the first so many samples.")
     max_bad_rows: int = field(10, help="Skip and list up to this many unreadable rows; more is an error.")
     streaming: bool = field(False, help="Read a hub data set as a stream instead of downloading it first.")

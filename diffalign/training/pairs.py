@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign.data.items import PairItems
-from diffalign.data.readers import PairSource, PairStream, open_pairs
+from diffalign.data.items import Items
+from diffalign.data.readers import PairReading, PairSource, PairStream, open_pairs
 from diffalign.diffusion.random import Key
 from diffalign.errors import UserError
 from diffalign.pipelines import Family
@@ -54,7 +54,7 @@ class PairBatches(SampleBatches[PairBatch]):
 
     def __init__(
         self,
-        items: PairItems,
+        items: Items,
         config: PairConfig,
         family: Family,
         accelerator: Accelerator,
@@ -95,14 +95,17 @@ def pair_batches(
     source = open_pairs(
         config.dataset_name,
         split=config.dataset_split,
+        config_name=config.dataset_config_name,
         columns=config.columns,
         ties=config.ties,
+        rankings=config.rankings,
+        seed=config.seed,
         streaming=config.streaming,
         max_bad_rows=config.max_bad_rows,
         max_pairs=config.max_train_samples,
     )
     if captions == "own":
-        _require_caption_columns(source)
+        _require_caption_columns(source, config.dataset_name)
     items = make_ready(source, config, family, accelerator)
     if captions == "own" and items.uncaptioned:
         raise UserError(
@@ -112,11 +115,13 @@ def pair_batches(
     return PairBatches(items, config, family, accelerator, captions)
 
 
-def _require_caption_columns(source: PairSource | PairStream) -> None:
+def _require_caption_columns(source: PairSource | PairStream, name: str) -> None:
     """Refuse a set without captions of the single images before anything is encoded."""
-    if not source.columns.double_captions:
+    assert isinstance(source.reading, PairReading)
+    if not source.reading.columns.double_captions:
         raise UserError(
             f"{source.name} has no captions of the single images, which this method learns from. Make them with "
-            f"`diffalign captions --dataset_name {source.name} --output_dir FOLDER` and train on FOLDER; or name the "
-            "columns that hold them: columns: {chosen_prompt: ..., rejected_prompt: ...}."
+            f"`diffalign captions {name} --captioner CAPTIONER --output_dir FOLDER` and train on FOLDER "
+            "(`diffalign captions --help` lists captioners); or name the columns that hold them: "
+            "columns: {chosen_prompt: ..., rejected_prompt: ...}."
         )

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from diffalign.data.cache import build_cache, default_cache_dir
 from diffalign.data.geometry import Geometry
-from diffalign.data.items import CachedPairs, PairItems, encode_on_the_fly
-from diffalign.data.order import OrderSampler, PairOrder, collate
-from diffalign.data.readers import PairSource, PairStream
+from diffalign.data.items import CachedItems, Items, encode_on_the_fly
+from diffalign.data.order import OrderSampler, SampleOrder, collate
+from diffalign.data.sources import Source, Stream
 from diffalign.diffusion.random import Key, keyed_noise, keyed_uniform
 from diffalign.pipelines import Family
 from diffalign.training.config import DataConfig
@@ -44,14 +44,14 @@ class Draws:
 
 
 class SampleBatches(Batches[Batch]):
-    """Streams the samples of a data set, in the order of :class:`diffalign.data.order.PairOrder`.
+    """Streams the samples of a data set, in the order of :class:`diffalign.data.order.SampleOrder`.
 
     Args:
         items: cached or on the fly, see :mod:`diffalign.data.items`.
         config, family, accelerator: of the run.
     """
 
-    def __init__(self, items: PairItems, config: DataConfig, family: Family, accelerator: Accelerator) -> None:
+    def __init__(self, items: Items, config: DataConfig, family: Family, accelerator: Accelerator) -> None:
         self.items, self.config, self.family = items, config, family
         self.device = accelerator.device
         self.rank = accelerator.process_index
@@ -60,9 +60,9 @@ class SampleBatches(Batches[Batch]):
         self.latent_elements = prod(family.latent_shape(*items.targets[0]))
         self.order = self.make_order()
 
-    def make_order(self) -> PairOrder:
+    def make_order(self) -> SampleOrder:
         """The order of the run's samples."""
-        return PairOrder(
+        return SampleOrder(
             self.items.bucket_of,
             seed=self.config.seed,
             train_batch_size=self.config.train_batch_size,
@@ -130,7 +130,7 @@ class SampleBatches(Batches[Batch]):
                 return {name: torch.cat([encoded[side][name] for side in sides]) for name in encoded[sides[0]]}
 
             return encode
-        assert isinstance(self.items, CachedPairs)
+        assert isinstance(self.items, CachedItems)
         empty = self.items.empty_text
         text: Text = {}
         for name in items[f"{sides[0]}text"]:
@@ -146,8 +146,8 @@ def _blank(prompts: Sequence[str], dropped: Tensor) -> list[str]:
 
 
 def make_ready(
-    source: PairSource | PairStream, config: DataConfig, family: Family, accelerator: Accelerator
-) -> PairItems:
+    source: Source[Any] | Stream[Any], config: DataConfig, family: Family, accelerator: Accelerator
+) -> Items:
     """Turn a source into items: cached to disk (then VAE and text encoders are freed), or encoded on the fly.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from diffalign.data.cache import build_cache
 from diffalign.data.geometry import Geometry
 from diffalign.data.items import encode_on_the_fly
-from diffalign.data.order import OrderSampler, PairOrder, collate
+from diffalign.data.order import OrderSampler, SampleOrder, collate
 from diffalign.data.readers import open_pairs
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
@@ -80,7 +80,7 @@ def test_damage_that_only_decoding_shows(tmp_path, caplog, fake):
 
 
 def test_no_pairs_left(tmp_path, fake):
-    with pytest.raises(UserError, match="no pairs are left"):
+    with pytest.raises(UserError, match="nothing is left to train on"):
         fake.build([fake.rows(1)[0] | {"chosen": b""}], fake.Family(), tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_on_the_fly_items_have_the_same_layout(tmp_path, fake):
 
 def test_loader_with_workers(tmp_path, fake):
     cached = fake.build(fake.rows(8), fake.Family(), tmp_path)
-    order = PairOrder(cached.bucket_of, seed=0, train_batch_size=4)
+    order = SampleOrder(cached.bucket_of, seed=0, train_batch_size=4)
     sampler = OrderSampler(order, start_step=0, stop_step=4)
     plain, worked = (
         list(DataLoader(cached, batch_sampler=sampler, collate_fn=collate, num_workers=workers)) for workers in (0, 2)

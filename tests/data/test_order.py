@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffalign.data.order import OrderSampler, PairOrder, collate
+from diffalign.data.order import OrderSampler, SampleOrder, collate
 from diffalign.errors import UserError
 
 FACTORS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
@@ -16,7 +16,7 @@ FACTORS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
 
 def order(bucket_of, factors=(8, 1, 1), seed=3):
     size, accumulation, world = factors
-    return PairOrder(
+    return SampleOrder(
         bucket_of,
         seed=seed,
         train_batch_size=size,
@@ -103,7 +103,7 @@ def test_loader_with_the_sampler():
 
 
 def test_impossible_orders():
-    with pytest.raises(UserError, match="no pairs to train on"):
+    with pytest.raises(UserError, match="no samples to train on"):
         order([])
     with pytest.raises(UserError, match="train_batch_size is 0"):
         order([0], (0, 1, 1))

@@ -296,7 +296,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder"):
         open_pairs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no preference data there \(found: nothing\). Known layouts: .*parquet"):
+    with pytest.raises(UserError, match=r"no data there that is known \(found: nothing\). Known layouts: .*parquet"):
         open_pairs(tmp_path / "empty")
     (tmp_path / "pairs.csv").write_text("a")
     with pytest.raises(UserError, match=r"unknown kind of file '.csv'"):
