@@ -15,6 +15,9 @@ SHAPES_HELDOUT = "shapes-heldout"
 """The word for held-out captions of the bundled shapes world."""
 SHAPES_TRAIN = "shapes-train"
 """The word for captions of its training split."""
+_SHAPES_COUNT = {SHAPES_HELDOUT: 64, SHAPES_TRAIN: 1024}
+SHAPES_TRAIN = "shapes-train"
+"""The word for captions of its training split."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,305 @@
+"""The online route: prompts -> rollout -> rewards -> advantages -> objective, on the same loop as everything else.
+
+A run is a sequence of rollouts. Each draws images with the policy as it is, scores them, turns scores into
+advantages, and is then trained on for ``num_updates_per_rollout x num_inner_epochs`` optimiser steps. Rollout n is a
+function of the weights and n alone, so a run resumes exactly from any checkpoint between two rollouts; one that is
+killed while it draws, draws again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.diffusion.random import Key, keyed_permutation
+from diffalign.diffusion.steps import Steps, make_steps
+from diffalign.errors import DiffalignError, UserError
+from diffalign.pipelines import Family
+from diffalign.training.advantages import PromptStatTracker
+from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
+from diffalign.training.loop import Batches, Needs, StopAsked, Trainer
+from diffalign.training.online_config import OnlineConfig
+from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
+from diffalign.training.scoring import RolloutScorer, Scored
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=OnlineConfig)
+_STATE = "online_state.json"
+_RATIO_BOUND = 1e-4
+
+
+@dataclass(frozen=True)
+class OnlineNeeds(Needs):
+    """What an online objective needs of a rollout."""
+
+    steps: bool = False
+    """Latents and log-probabilities of the sampling steps; without, the clean latents alone."""
+    copies: tuple[str, ...] = ()
+    """Slow copies of the policy, by name."""
+
+
+@dataclass(frozen=True)
+class OnlineBatch:
+    """B images of a rollout, on the device.
+
+    Attributes:
+        given: what they were drawn for.
+        latents: clean latents, (B, C, h, w) float32.
+        advantages, weight: (B,) float32; the weight is 0 for images that do not count, and has mean 1 over an update.
+        rewards: combined reward, (B,) float32; NaN where an image has none.
+        samples: what tells each image and use of it apart, for keyed randomness.
+        index: which sampling step is trained, int64 (B,), on the CPU.
+        x, x_next: latents before and after that step, (B, C, h, w); empty where the objective needs none.
+        log_probs: of that step when it was drawn, (B,).
+        fresh: no step has been taken since the images were drawn.
+    """
+
+    given: Condition
+    latents: Tensor
+    advantages: Tensor
+    weight: Tensor
+    rewards: Tensor
+    samples: list[Key]
+    index: Tensor
+    x: Tensor
+    x_next: Tensor
+    log_probs: Tensor
+    fresh: bool
+
+
+@dataclass
+class Rollout:
+    """What a process drew, scored and will train on."""
+
+    number: int
+    draws: Draws
+    prompts: list[Prompt]
+    text: dict[str, Tensor]
+    trajectory: Trajectory
+    scored: Scored
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class OnlineBatches(Batches[OnlineBatch]):
+    """Draws rollouts with the policy as it stands and streams their images."""
+
+    def __init__(self, trainer: OnlineTrainer[Any]) -> None:
+        self.trainer = trainer
+        config = trainer.config
+        self.prompts = read_prompts(config.prompts, limit=config.max_prompts, seed=config.seed)
+        self.samples = len(self.prompts)
+        self.order = GroupOrder(self.samples, config.seed, trainer.arithmetic)
+        self.current: Rollout | None = None
+
+    def stream(self, start_step: int, stop_step: int) -> Iterator[OnlineBatch]:
+        arithmetic = self.trainer.arithmetic
+        for step in range(start_step, stop_step):
+            number, within = divmod(step, arithmetic.steps_per_rollout)
+            if self.current is None or self.current.number != number:
+                self.current = None
+                self.current = self.trainer.collect(number)
+            epoch, update = divmod(within, arithmetic.updates)
+            yield from self._micro_batches(self.current, update, epoch, fresh=within == 0)
+
+    def _micro_batches(self, drawn: Rollout, update: int, epoch: int, *, fresh: bool) -> Iterator[OnlineBatch]:
+        arithmetic = self.trainer.arithmetic
+        for rows in self.order.share(drawn.draws, update).split(arithmetic.micro_batch):
+            for use in range(arithmetic.passes_per_image):
+                yield self.trainer.batch(drawn, rows, (drawn.number, epoch, use), fresh=fresh)
+
+
+class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
+    """A method that learns from rewards of its own images. A subclass gives ``needs`` and ``compute_loss``."""
+
+    needs: ClassVar[OnlineNeeds] = OnlineNeeds()
+    batches: OnlineBatches
+
+    def __init__(self, config: Config, family: Family | None = None) -> None:
+        self.arithmetic = Arithmetic(
+            groups=config.num_prompts_per_rollout,
+            images_per_group=config.num_images_per_prompt,
+            updates=config.num_updates_per_rollout,
+            epochs=config.num_inner_epochs,
+            micro_batch=config.train_batch_size,
+            passes_per_image=1,
+            world_size=PartialState().num_processes,
+        )
+        # Before the model is loaded: sizes that do not fit should not cost minutes.
+        self.arithmetic.check()
+        self.tracker = PromptStatTracker(config.tracker_buffer_size, config.tracker_min_count)
+        self.stats: dict[str, float] = {}
+        super().__init__(config, family)
+        for name in self.needs.copies:
+            self.policy.add_copy(name)
+
+    def passes_per_image(self) -> int:
+        """Forward passes of training for each image: the sampling steps that are trained on."""
+        return len(self._kept_steps(0)) if self.needs.steps else self.config.num_train_steps_per_image or 1
+
+    def make_batches(self) -> OnlineBatches:
+        config = self.config
+        self.steps: Steps = make_steps(
+            self.family.noise_process,
+            self.family.scheduler_config,
+            config.num_inference_steps,
+            config.sampler,
+            config.eta,
+        )
+        side = config.resolution or self.family.default_resolution
+        self.latent_shape = self.family.latent_shape(side, side)
+        self.arithmetic = replace(self.arithmetic, passes_per_image=self.passes_per_image())
+        config.work_out(self.arithmetic)
+        self.accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+        self.scorer = RolloutScorer(config, self.accelerator, whole_groups=self.arithmetic.whole_groups())
+        return OnlineBatches(self)
+
+    # Drawing ---------------------------------------------------------------------------------------------------
+
+    def collect(self, number: int) -> Rollout:
+        """Draw, score and weigh rollout ``number``. Raises StopAsked where the run should stop."""
+        start = time.perf_counter()
+        draws = self.batches.order.draws(number, self.accelerator.process_index)
+        prompts = [self.batches.prompts[i] for i in draws.prompts.tolist()]
+        text = self._encode([prompt.text for prompt in prompts])
+        keep = self._kept_steps(number)
+        parts: list[Trajectory] = []
+        jobs: list[Future[Scored]] = []
+        # One thread: rewards of a batch are worked out while the next is drawn, in order.
+        with ThreadPoolExecutor(1) as pool, self.policy.evaluating(), self.accelerator.autocast():
+            for rows in torch.arange(len(draws)).split(self.config.rollout_batch_size):
+                if self.stop_asked():
+                    raise StopAsked
+                parts.append(self._draw(draws, text, rows, keep))
+                images = self._decode(parts[-1].latents)
+                chosen = [prompts[i] for i in rows.tolist()]
+                jobs.append(pool.submit(self.scorer.score, images, chosen, draws.groups[rows]))
+            sampling = time.perf_counter() - start
+            scored = Scored.cat([job.result() for job in jobs])
+        drawn = Rollout(number, draws, prompts, text, Trajectory.cat(parts), scored)
+        self.scorer.weigh(draws, scored, self.tracker, self.batches.prompts)
+        self.stats = {
+            **scored.stats,
+            "rollout": number,
+            "rollout_seconds": time.perf_counter() - start,
+            "sampling_seconds": sampling,
+            "reward_seconds": scored.seconds,
+        }
+        return drawn
+
+    def _draw(self, draws: Draws, text: dict[str, Tensor], rows: Tensor, keep: list[int]) -> Trajectory:
+        return rollout(
+            self.family,
+            self.policy.modules[self.family.denoiser_part],
+            self.steps,
+            self._condition(select_text(text, rows)),
+            draws.seeds[rows].tolist(),
+            self.latent_shape,
+            keep=keep,
+            storage=torch.bfloat16 if self.config.store_bf16 else torch.float32,
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images = self.family.decode_latents(latents.to(self.accelerator.device), chunk=self.config.decode_batch_size)
+        return images.cpu()
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Embeddings of each image's prompt, on the CPU; a prompt is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            parts = [self.family.encode_prompts(unique[i : i + 64]) for i in range(0, len(unique), 64)]
+            self.unconditional = self.family.encode_unconditional() if self.config.guidance_scale != 1 else None
+        text = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return select_text(text, [place[prompt] for prompt in prompts])
+
+    def _condition(self, text: Mapping[str, Tensor]) -> Condition:
+        device = self.accelerator.device
+        moved = {name: value.to(device) for name, value in text.items()}
+        return Condition(moved, self.unconditional, self.config.guidance_scale)
+
+    def _kept_steps(self, number: int) -> list[int]:
+        if not self.needs.steps:
+            return []
+        return trained_steps(
+            self.steps.stochastic,
+            self.config.num_train_steps_per_image,
+            lambda n: keyed_permutation(n, self.config.seed, "trained steps", number),
+        )
+
+    # Training --------------------------------------------------------------------------------------------------
+
+    def batch(self, drawn: Rollout, rows: Tensor, use: tuple[int, int, int], *, fresh: bool) -> OnlineBatch:
+        """Some images of a rollout, for use number ``use[2]`` of inner epoch ``use[1]``."""
+        device = self.accelerator.device
+        trajectory, scored = drawn.trajectory, drawn.scored
+        step = use[2] if self.needs.steps else 0
+        has = self.needs.steps
+        empty = torch.zeros(len(rows), 0)
+        return OnlineBatch(
+            given=self._condition(select_text(drawn.text, rows)),
+            latents=trajectory.latents[rows].to(device),
+            advantages=scored.advantages[rows].to(device),
+            weight=scored.weight[rows].to(device),
+            rewards=scored.total[rows].to(device),
+            samples=[(self.config.seed, *use, seed) for seed in drawn.draws.seeds[rows].tolist()],
+            index=trajectory.index[rows, step] if has else empty.long(),
+            x=trajectory.x[rows, step].float().to(device) if has else empty,
+            x_next=trajectory.x_next[rows, step].float().to(device) if has else empty,
+            log_probs=trajectory.log_probs[rows, step].to(device) if has else empty,
+            fresh=fresh,
+        )
+
+    def training_step(self, stream: Iterator[OnlineBatch]) -> dict[str, float]:
+        """One optimiser step; metrics of the rollout it belongs to stand beside its own."""
+        metrics = super().training_step(stream)
+        if (self.step - 1) % self.arithmetic.steps_per_rollout == 0:
+            self._check_ratio(metrics.get("log_ratio_error", 0.0))
+        return {**metrics, **self.stats}
+
+    def _check_ratio(self, error: float) -> None:
+        if not error <= _RATIO_BOUND:
+            raise DiffalignError(
+                f"the importance ratio should be 1 before the first update of a rollout, but log-probabilities differ "
+                f"by {error:.3g} on average (bound {_RATIO_BOUND:g}). Sampling and training see different networks. "
+                "Usual causes: dropout in the policy (lora_dropout), another precision or guidance in training, or "
+                "bf16/fp16 forward passes that depend on the batch: set rollout_batch_size equal to train_batch_size, "
+                "or train in float32."
+            )
+
+    def may_stop(self) -> bool:
+        return self.step % self.arithmetic.steps_per_rollout == 0
+
+    def save_extra(self, folder: Path) -> None:
+        state = {"tracker": self.tracker.state_dict(), "scorer": self.scorer.state_dict()}
+        (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load_extra(self, folder: Path) -> None:
+        if not (folder / _STATE).is_file():
+            raise UserError(f"{folder} is no checkpoint of an online method: {_STATE} is missing")
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        self.tracker.load_state_dict(state["tracker"])
+        self.scorer.load_state_dict(state["scorer"])
+
+    def facts(self) -> Mapping[str, str]:
+        a, config = self.arithmetic, self.config
+        network = a.images * config.num_inference_steps * (2 if config.guidance_scale != 1 else 1)
+        return {
+            "rollout": f"{a.images} images = {a.groups} prompts x {a.images_per_group}; {config.num_inference_steps} "
+            f"{config.sampler} steps, eta {config.eta:g}, guidance {config.guidance_scale:g}: {network:,} samples "
+            "through the network",
+            "updates": f"{a.steps_per_rollout} a rollout ({a.updates} shares x {a.epochs} inner epochs) of "
+            f"{a.images_per_step} images x {a.passes_per_image} passes",
+            "rewards": self.scorer.describe(),
+        }
