@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import UserError
-from diffalign.evaluation.folder import read_rows, write_atomically, write_rows
+from diffalign.evaluation.folder import read_rows, write_rows
+from diffalign.making.settings import hold_to
 
 
 class Ledger:
@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         self.path, self._settings_path = folder / f"{name}.jsonl", folder / f"{name}.settings.json"
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings = settings
         self._done: dict[str, Any] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -40,22 +40,10 @@ class Ledger:
         Raises:
             UserError: what is there was made with other settings; names them.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self.path.unlink(missing_ok=True)
-            self._settings_path.unlink(missing_ok=True)
-        if self._settings_path.exists():
-            there = json.loads(self._settings_path.read_text(encoding="utf-8"))
-            changed = [k for k in {**there, **self.settings} if there.get(k) != self.settings.get(k)]
-            if changed:
-                differences = "; ".join(
-                    f"{k} is {there.get(k)!r} there, {self.settings.get(k)!r} here" for k in changed
-                )
-                raise UserError(
-                    f"{self.path.parent} holds the work of another configuration: {differences}. Choose another "
-                    "--output_dir, or give --overwrite_output_dir to begin anew."
-                )
-        write_atomically(self._settings_path, json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+        remedy = "Choose another --output_dir, or give --overwrite_output_dir to begin anew."
+        hold_to(self._settings_path, self.settings, remedy, overwrite=overwrite)
         rows = read_rows(self.path) if self.path.exists() else []
         self._done = {row["key"]: row["value"] for row in rows}
         # A line that a kill cut off would run into the next one.

@@ -6,8 +6,6 @@ smaller k, makes another file of the same images.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,19 @@ from typing import Any, Literal
 import numpy as np
 from accelerate import PartialState
 
-from diffalign.config import field
+from diffalign.config import field, to_dict
+from diffalign.config.files import parse_yaml
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.data.selection import Choice, Point, agreed, all_pairs, capped, pair_at, wide_enough
 from diffalign.data.write import PairRow, write_pairs
 from diffalign.errors import UserError
-from diffalign.evaluation.folder import Case, SampleFolder, write_atomically
+from diffalign.evaluation.folder import Case, SampleFolder
 from diffalign.evaluation.sampling import Drawer, SampleConfig, plan
-from diffalign.making.scoring import Scorer, Scores, score_groups
+from diffalign.making.scoring import Scores, score_groups, write_scores
+from diffalign.making.settings import hold_to
+from diffalign.rewards.combine import Member, RewardSet, load_rewards
 from diffalign.rewards.failures import FailurePolicy
-
-logger = logging.getLogger(__name__)
+from diffalign.rewards.score_cache import ScoreCache
 
 SELECTIONS: dict[str, tuple[Point, Point]] = {"best-worst": ("max", "min"), "best-sigma": ("max", "mu-2s")}
 
@@ -35,9 +35,10 @@ SELECTIONS: dict[str, tuple[Point, Point]] = {"best-worst": ("max", "min"), "bes
 class SelectionConfig:
     """Which of a prompt's images become pairs."""
 
-    rewards: list[str | dict[str, Any]] = field(
-        ["shapes-checker"], help='Scorers, each a name or "{reward: NAME, weight: 0.5}"; images are ranked by the sum.'
+    rewards: list[Any] = field(
+        help="What images are ranked by: names, package.module:Class, file.py:Class, or {reward: NAME, weight: 0.5}."
     )
+    combine: str = field("sum", help="How several rewards become one, see docs/combining-rewards.md.")
     select: Literal["best-worst", "best-sigma", "all"] = field(
         "best-sigma",
         help="The best against the worst; the best against the one nearest to the mean minus two standard deviations; "
@@ -63,9 +64,16 @@ class SelectionConfig:
         if not 1 <= self.agree <= len(self.rewards):
             raise UserError(f"agree must be from 1 to the number of rewards ({len(self.rewards)}), got {self.agree}")
 
-    def scorer(self) -> Scorer:
-        """The rewards of the config."""
-        return Scorer(self.rewards, device=self.reward_device, policy=FailurePolicy(self.on_failure))
+    def load_rewards(self, cache: Path) -> RewardSet:
+        """The rewards of the config, which remember in the folder ``cache`` what they scored."""
+        rewards = [parse_yaml(r, "rewards") if isinstance(r, str) and r.startswith("{") else r for r in self.rewards]
+        return load_rewards(
+            rewards,
+            mode=self.combine,  # type: ignore[arg-type]
+            policy=FailurePolicy(self.on_failure),
+            cache=ScoreCache(cache),
+            device=self.reward_device,
+        )
 
     def choose(self, scores: Scores) -> list[Choice]:
         """The pairs among one prompt's images."""
@@ -75,7 +83,7 @@ class SelectionConfig:
             choice = pair_at(scores.total, *SELECTIONS[self.select])
             choices = [choice] if choice else []
         choices = wide_enough(choices, scores.total, self.margin, self.margin_unit)
-        choices = agreed(choices, list(scores.raw.values()), self.agree)
+        choices = agreed(choices, scores.voters(), self.agree)
         return capped(choices, self.max_pairs_per_prompt)
 
 
@@ -111,19 +119,19 @@ def run_pairs(config: PairsConfig) -> Path:
     path = root / f"{config.split}.parquet"
     source = config.prompts or config.prompts_file
     if not source:
-        raise UserError(
-            "no prompts: give --prompts_file FILE (or shapes-train), or --prompts 'a prompt' ..."
-        )
+        raise UserError("no prompts: give --prompts_file FILE (or shapes-train), or --prompts 'a prompt' ...")
     prompts = read_prompts(source, limit=config.max_prompts)
     groups = _groups(prompts, config)
-    scorer = config.scorer()
-    scorer.check_prompts([prompt.text for prompt in prompts])
+    rewards = config.load_rewards(root / "scores")
+    rewards.check_prompts([prompt.text for prompt in prompts])
     drawer = Drawer(config)
-    folder = drawer.draw(config.spec(), [case for group in groups for case in group], root / "samples")
+    cases = [case for group in groups for case in group]
+    folder = drawer.draw(config.spec(), cases, root / "samples")
     drawer.release()
     if PartialState().is_main_process:
-        _check_selection(config, scorer, folder, path)
-        scores = score_groups(scorer, folder, groups, prompts, root)
+        _check_selection(config, rewards, folder, cases, path)
+        scores = score_groups(rewards, folder, groups, prompts)
+        write_scores(path.with_suffix(".scores.jsonl"), groups, scores)
         report = choose_and_write(path, folder, groups, scores, config, name=config.spec().name)
         for line in report:
             print(line)
@@ -143,22 +151,22 @@ def _groups(prompts: Sequence[Prompt], config: SampleConfig) -> list[list[Case]]
     return [cases[start : start + size] for start in range(0, len(cases), size)]
 
 
-def _check_selection(config: PairsConfig, scorer: Scorer, folder: SampleFolder, path: Path) -> None:
+def _check_selection(
+    config: PairsConfig, rewards: RewardSet, folder: SampleFolder, cases: Sequence[Case], path: Path
+) -> None:
     """Refuse to replace pairs of another selection; remember this one."""
-    names = ("select", "margin", "margin_unit", "agree", "max_pairs_per_prompt")
+    names = ("combine", "select", "margin", "margin_unit", "agree", "max_pairs_per_prompt")
     chosen = {name: getattr(config, name) for name in names}
-    chosen |= {"rewards": scorer.identity, "images": folder.settings}
-    chosen = json.loads(json.dumps(chosen))
-    file = path.with_suffix(".selection.json")
-    if file.exists() and path.exists() and not config.overwrite_output_dir:
-        there = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in chosen if there.get(name) != chosen[name]]
-        if changed:
-            raise UserError(
-                f"{path} holds pairs of another selection ({', '.join(changed)} differ). Give these another name with "
-                "--split NAME; images and scores are shared."
-            )
-    write_atomically(file, json.dumps(chosen, indent=2, ensure_ascii=False) + "\n")
+    chosen |= {"rewards": [_describe(member) for member in rewards.members], "images": folder.settings}
+    chosen["seeds"] = [case.seed for case in cases]
+    remedy = "Give these pairs another name with --split NAME: images and scores are shared."
+    overwrite = config.overwrite_output_dir or not path.exists()
+    hold_to(path.with_suffix(".selection.json"), chosen, remedy, overwrite=overwrite)
+
+
+def _describe(member: Member) -> list[Any]:
+    transforms = [{"kind": transform.kind, **to_dict(transform)} for transform in member.transforms]
+    return [member.name, member.reward.identity, member.weight, transforms, member.eval_only]
 
 
 def choose_and_write(
