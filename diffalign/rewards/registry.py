@@ -61,7 +61,7 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_registered, *entry_points(group=GROUP).names})
 
 
-def load_reward(reward: str | Reward | Callable[..., Any], **options: Any) -> Reward:
+def load_reward(reward: str | Reward | Callable[..., Any], /, **options: Any) -> Reward:
     """Make a reward ready; its model loads with the first images.
 
     Args:

@@ -25,12 +25,14 @@ from diffalign.errors import UserError, did_you_mean
 from diffalign.rewards.base import Reward
 from diffalign.rewards.inputs import GroupIds, Images, Metadata, as_pictures
 from diffalign.rewards.output import RewardError, RewardOutput
-from diffalign.rewards.remote.protocol import VERSION, BadAnswer, Limits, Score, encode_image, read_answer
+from diffalign.rewards.remote.protocol import VERSION, BadAnswer, Limits, Score, encode_image, read_answer, write_json
 from diffalign.rewards.remote.spawn import SpawnedServer
 from diffalign.rewards.remote.transport import Address, Refused, Transport, Unreachable, read_token
 
 logger = logging.getLogger(__name__)
 
+_FRAME = 128
+"""Bytes of a PNG, and of a request, around what they carry."""
 _CHANGED = "the server now runs {}, not {} as before: their scores cannot be mixed"
 
 
@@ -241,9 +243,8 @@ class RemoteReward(Reward):
         group_ids: list[int] | None = None,
     ) -> RewardOutput:
         """Divide the images among requests, and put the answers together."""
-        jobs = [_Job(i, *job) for i, job in enumerate(zip(images, prompts, metadata, strict=True))]
-        for job, group in zip(jobs, group_ids or [], strict=bool(group_ids)):
-            job.group = group
+        groups: Sequence[int | None] = group_ids or [None] * len(images)
+        jobs = [_Job.make(i, *parts) for i, parts in enumerate(zip(images, prompts, metadata, groups, strict=True))]
         pool = self._pool("requests", self.concurrency * len(self._transport.addresses()))
         parts = pool.map(self._ask, self._divide(jobs))
         results = dict(itertools.chain.from_iterable(parts))
@@ -261,16 +262,18 @@ class RemoteReward(Reward):
         units: dict[int | str, list[_Job]] = {}
         for job in jobs:
             units.setdefault(str(job.index) if job.group is None else job.group, []).append(job)
-        size = min(self.request_size, self._limits.items)
+        most = min(self.request_size, self._limits.items)
         current: list[_Job] = []
         for unit in units.values():
-            pixels = sum(job.pixels for job in [*current, *unit])
-            full = len(current) + len(unit) > size or pixels > self._limits.request_pixels
-            # What PNG cannot pack takes 3 bytes a pixel, and 4 for 3 in base64.
-            if current and (full or pixels * 4 > self._limits.body_bytes):
+            both = [*current, *unit]
+            if current and (
+                len(both) > most
+                or sum(job.pixels for job in both) > self._limits.request_pixels
+                or sum(job.bytes for job in both) + _FRAME > self._limits.body_bytes
+            ):
                 yield current
-                current = []
-            current = [*current, *unit]
+                both = unit
+            current = both
         if current:
             yield current
 
@@ -302,25 +305,39 @@ class RemoteReward(Reward):
         super().close()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """One image of a call."""
+    """One image of a call, and what is said of it."""
 
     index: int
     image: Image.Image
-    prompt: str
-    metadata: Mapping[str, Any]
-    group: int | None = None
+    row: dict[str, Any]
+    bytes: int
+    group: int | None
+
+    @classmethod
+    def make(cls, index: int, image: Image.Image, prompt: str, metadata: Mapping[str, Any], group: int | None) -> _Job:
+        row: dict[str, Any] = {"id": str(index), "prompt": prompt}
+        if metadata:
+            row["metadata"] = dict(metadata)
+        if group is not None:
+            row["group"] = group
+        try:
+            size = len(write_json(row))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the metadata of image {index} cannot be sent to a reward server as JSON: {error}"
+            ) from error
+        # At most: what cannot be packed takes 3 bytes a pixel and one a line, and 4 for 3 in base64.
+        packed = 3 * image.width * image.height + image.height
+        return cls(index, image, row, size + (packed + packed // 500 + _FRAME) * 4 // 3, group)
 
     @property
     def pixels(self) -> int:
         return self.image.width * self.image.height
 
     def to_json(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"id": str(self.index), "prompt": self.prompt, "image": encode_image(self.image)}
-        if self.metadata:
-            row["metadata"] = dict(self.metadata)
-        return row if self.group is None else {**row, "group": self.group}
+        return {**self.row, "image": encode_image(self.image)}
 
 
 def _together(results: Sequence[Score | str]) -> RewardOutput:

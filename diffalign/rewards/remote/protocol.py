@@ -104,7 +104,7 @@ def decode_image(text: Any, limits: Limits) -> Image.Image:
                 raise ValueError("image is transparent: lay it on a background before it is scored")
             return image.convert("RGB")
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image cannot be decoded: {error}") from error
+        raise ValueError(f"image cannot be decoded: {str(error).partition(' <_io.')[0]}") from error
 
 
 def read_request(content: bytes, known: Sequence[str], limits: Limits) -> tuple[list[Item], list[str]]:
