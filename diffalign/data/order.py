@@ -10,6 +10,8 @@ Several buckets: a micro-batch comes from one bucket. Each epoch every bucket is
 shuffled and grouped into steps. The set of a step is then the same for every accumulation and number of processes at
 the same micro-batch.
 
+In sequence (Selective DPO, arXiv 2502.09650), every epoch has the samples in the order of the data instead.
+
 With weights, every place of an epoch is drawn anew, with replacement, in proportion to them (with several buckets: the
 bucket of a micro-batch by the weights in it, then its samples). An epoch is as many draws as there are samples.
 """
@@ -41,6 +43,7 @@ class SampleOrder:
         gradient_accumulation_steps: micro-batches of a process in one step.
         weights: how often each sample is drawn, in proportion to the others, (number of samples,), 0 or more; all
             equally often, without replacement, where None.
+        sequential: in the order of the data, each epoch alike.
 
     Raises:
         UserError: no samples, or a count below 1.
@@ -55,6 +58,7 @@ class SampleOrder:
         world_size: int = 1,
         gradient_accumulation_steps: int = 1,
         weights: Tensor | None = None,
+        sequential: bool = False,
     ) -> None:
         counts = {
             "train_batch_size": train_batch_size,
@@ -74,6 +78,7 @@ class SampleOrder:
         self.samples = len(buckets)
         self._buckets = [torch.nonzero(buckets == bucket).flatten() for bucket in torch.unique(buckets)]
         self._weights = None if weights is None else weights.double()
+        self._sequential = sequential
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     @property
@@ -142,16 +147,23 @@ class SampleOrder:
         if self._weights is not None:
             return self._drawn(self._weights, epoch)
         if len(self._buckets) == 1:
-            return keyed_permutation(self.samples, self.seed, "order", epoch)
+            return self._permuted(self.samples, epoch)
         size = self.train_batch_size
         chunks = []
         for number, bucket in enumerate(self._buckets):
-            shuffled = bucket[keyed_permutation(len(bucket), self.seed, "order", epoch, number)]
+            shuffled = bucket[self._permuted(len(bucket), epoch, number)]
             if len(bucket) < size:
                 shuffled = shuffled.repeat(-(-size // len(bucket)))[:size]
             chunks.append(shuffled[: len(shuffled) // size * size].view(-1, size))
         stacked = torch.cat(chunks)
-        return stacked[keyed_permutation(len(stacked), self.seed, "order", epoch, "micro-batches")]
+        if self._sequential:
+            return stacked[stacked[:, 0].argsort()]
+        return stacked[self._permuted(len(stacked), epoch, "micro-batches")]
+
+    def _permuted(self, count: int, epoch: int, *which: int | str) -> Tensor:
+        if self._sequential:
+            return torch.arange(count)
+        return keyed_permutation(count, self.seed, "order", epoch, *which)
 
     def _drawn(self, weights: Tensor, epoch: int) -> Tensor:
         """:meth:`_shuffled` with replacement."""

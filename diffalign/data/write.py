@@ -9,6 +9,7 @@
 ``margin``                   by how much the first image won
 ``score_0, score_1``         total score of each image where a scorer chose; ``scores`` all of them, as JSON
 ``seed_0, seed_1``           seeds of images that were drawn; ``model_0, model_1`` what drew them
+``difficulty``               held-out loss of the pair, see :mod:`diffalign.making.difficulty`
 ``user_id, source``          who chose; where the pair is from
 ===========================  =========================================================================================
 
@@ -28,6 +29,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data.images import EncodedImage
+from diffalign.data.records import Pair
 from diffalign.errors import UserError
 
 ROW_GROUP_BYTES = 64 << 20
@@ -53,8 +55,29 @@ class PairRow:
     seed_1: int | None = None
     model_0: str | None = None
     model_1: str | None = None
+    difficulty: float | None = None
     user_id: str | None = None
     source: str | None = None
+
+    @classmethod
+    def of(cls, pair: Pair, **changes: Any) -> PairRow:
+        """The row of a pair that was read, the chosen image first; ``changes`` are values of columns.
+
+        Raises:
+            BadImage: a picture is missing, unreadable or empty.
+        """
+        values: dict[str, Any] = {
+            "caption": pair.prompt,
+            "jpg_0": image_bytes(pair.chosen),
+            "jpg_1": image_bytes(pair.rejected),
+            "label_0": pair.label,
+            "caption_0": pair.chosen_prompt,
+            "caption_1": pair.rejected_prompt,
+            "id": pair.id,
+            "margin": pair.margin,
+            "user_id": pair.user_id,
+        }
+        return cls(**(values | changes))
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_0 <= 1:
@@ -71,7 +94,7 @@ class PairRow:
 _TEXTS = ("caption", "caption_0", "caption_1", "id", "scores", "model_0", "model_1", "user_id", "source")
 _ORDER = (
     *("caption", "jpg_0", "jpg_1", "label_0", "label_1", "caption_0", "caption_1", "id", "margin", "score_0"),
-    *("score_1", "scores", "seed_0", "seed_1", "model_0", "model_1", "user_id", "source"),
+    *("score_1", "scores", "seed_0", "seed_1", "model_0", "model_1", "difficulty", "user_id", "source"),
 )
 _ALWAYS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 

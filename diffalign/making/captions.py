@@ -27,7 +27,7 @@ from diffalign.config import field
 from diffalign.data.images import BadImage, EncodedImage
 from diffalign.data.readers import PairSource, PairStream, open_pairs
 from diffalign.data.records import Pair
-from diffalign.data.write import PairRow, image_bytes, write_pairs
+from diffalign.data.write import PairRow, write_pairs
 from diffalign.errors import UserError
 from diffalign.evaluation.folder import write_atomically
 from diffalign.making.captioners import INSTRUCTION, Captioner, load_captioner
@@ -48,6 +48,7 @@ class CaptionsConfig:
     """
 
     dataset_name: str = field(help="Pairs: a folder, a parquet or JSONL file, a hub id, or the bundled shapes-pairs.")
+    dataset_config_name: str | None = field(None, help="Configuration of the hub data set.")
     dataset_split: str = field("train", help="Split to caption.")
     columns: dict[str, str] | None = field(None, help="Column names, where they differ: {prompt: my_caption, ...}.")
     max_pairs: int | None = field(None, help="Use only the first so many pairs.")
@@ -154,6 +155,7 @@ def run_captions(config: CaptionsConfig) -> Path:
     source = open_pairs(
         config.dataset_name,
         split=config.dataset_split,
+        config_name=config.dataset_config_name,
         columns=config.columns,
         ties="keep",
         max_bad_rows=config.max_bad_rows,
@@ -282,18 +284,8 @@ class _Rows:
             self.counts["equal"] += chosen == rejected
             for name, text in (("prompt", pair.prompt), ("chosen", chosen), ("rejected", rejected)):
                 self.captions[name].append(text)
-            yield PairRow(
-                caption=pair.prompt,
-                jpg_0=image_bytes(pair.chosen),
-                jpg_1=image_bytes(pair.rejected),
-                label_0=pair.label,
-                caption_0=chosen,
-                caption_1=rejected,
-                id=pair.id,
-                margin=pair.margin,
-                user_id=pair.user_id,
-                source=f"{self.config.dataset_name} {self.config.dataset_split}",
-            )
+            source = f"{self.config.dataset_name} {self.config.dataset_split}"
+            yield PairRow.of(pair, caption_0=chosen, caption_1=rejected, source=source)
 
     def report(self, config: CaptionsConfig) -> Report:
         """Counts, after the rows were taken."""

@@ -134,6 +134,10 @@ class DataConfig(TrainingConfig):
     rankings: str = field(
         "all", help="Pairs made of ranked images: all, adjacent, best-worst, or a number of random ones a list."
     )
+    data_order: Literal["shuffled", "sequential"] = field(
+        "shuffled",
+        help="A new order each pass, or that of the data (easy to hard, as diffalign difficulty writes it).",
+    )
     max_train_samples: int | None = field(None, help="Use only the first so many samples.")
     max_bad_rows: int = field(10, help="Skip and list up to this many unreadable rows; more is an error.")
     streaming: bool = field(False, help="Read a hub data set as a stream instead of downloading it first.")

@@ -49,25 +49,31 @@ class SampleBatches(Batches[Batch]):
     Args:
         items: cached or on the fly, see :mod:`diffalign.data.items`.
         config, family, accelerator: of the run.
+        weights: how often each sample is drawn, see :class:`SampleOrder`.
     """
 
-    def __init__(self, items: Items, config: DataConfig, family: Family, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        items: Items,
+        config: DataConfig,
+        family: Family,
+        accelerator: Accelerator,
+        weights: Tensor | None = None,
+    ) -> None:
         self.items, self.config, self.family = items, config, family
         self.device = accelerator.device
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self.samples = len(items)
         self.latent_elements = prod(family.latent_shape(*items.targets[0]))
-        self.order = self.make_order()
-
-    def make_order(self) -> SampleOrder:
-        """The order of the run's samples."""
-        return SampleOrder(
-            self.items.bucket_of,
-            seed=self.config.seed,
-            train_batch_size=self.config.train_batch_size,
+        self.order = SampleOrder(
+            items.bucket_of,
+            seed=config.seed,
+            train_batch_size=config.train_batch_size,
             world_size=self.world_size,
-            gradient_accumulation_steps=self.config.gradient_accumulation_steps,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            weights=weights,
+            sequential=config.data_order == "sequential",
         )
 
     @abstractmethod

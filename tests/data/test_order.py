@@ -109,3 +109,12 @@ def test_impossible_orders():
         order([0], (0, 1, 1))
     with pytest.raises(ValueError, match="no micro-batch 1 on process 0"):
         order([0]).micro_batch(0, 1, 0)
+
+
+def test_in_sequence_every_epoch_has_the_order_of_the_data() -> None:
+    order = SampleOrder([0] * 7, seed=3, train_batch_size=2, sequential=True)
+    assert [order.micro_batch(step, 0, 0) for step in range(4)] == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    shared = SampleOrder([0] * 8, seed=3, train_batch_size=2, world_size=2, sequential=True)
+    assert shared.micro_batch(1, 0, 0) + shared.micro_batch(1, 0, 1) == [4, 5, 6, 7]
+    buckets = SampleOrder([0, 1, 0, 1, 1, 0], seed=3, train_batch_size=2, sequential=True)
+    assert [buckets.micro_batch(step, 0, 0) for step in range(2)] == [[0, 2], [1, 3]]
