@@ -36,6 +36,7 @@ _BUILT_IN: dict[str, str | Callable[..., Any]] = {
     "shapes-annotator": "diffalign.rewards.shapes:ShapesAnnotator",
     "shapes-checker": "diffalign.rewards.shapes:ShapesChecker",
     "shapes-clip": "diffalign.rewards.clip:ShapesClip",
+    "trained": "diffalign.rewards.trained:TrainedReward",
 }
 _registered: dict[str, str | Callable[..., Any]] = {}
 

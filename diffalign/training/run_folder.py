@@ -20,6 +20,8 @@ CONFIG_FILE = "config.yaml"
 _WHAT_A_RUN_WRITES = (
     CONFIG_FILE,
     METRICS_FILE,
+    "heldout.jsonl",
+    "best",
     "README.md",
     "samples",
     "logs",
@@ -28,6 +30,16 @@ _WHAT_A_RUN_WRITES = (
     ".checkpoint-*",
     "pytorch_lora_weights.safetensors",
     "*_comfyui.safetensors",
+    # Of a reward model.
+    "best-*.safetensors",
+    "report.json",
+    "reward.json",
+    "head.safetensors",
+    "model.safetensors",
+    "config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
 _MAY_CHANGE_ON_RESUME = {
     "output_dir",

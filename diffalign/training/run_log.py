@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 _BAR = {
     "loss": "loss",
     "implicit_accuracy": "acc",
+    "validation_accuracy": "val",
     "margin": "margin",
     "chosen_error_vs_reference": "chosen",
     "rejected_error_vs_reference": "rejected",

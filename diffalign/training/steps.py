@@ -110,7 +110,11 @@ class StepLoop(ABC, Generic[Config, Batch]):
 
     @abstractmethod
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of a micro-batch, and metrics (scalars) to log beside it."""
+        """Return the mean loss of a micro-batch, and metrics to log beside it.
+
+        A metric is a scalar, whose mean over micro-batches and processes is logged; or (sum, count), shape (2,), for
+        the mean over what only some samples have. It is left out of a step without any.
+        """
 
     @abstractmethod
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -131,6 +135,9 @@ class StepLoop(ABC, Generic[Config, Batch]):
     @abstractmethod
     def load_weights(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Read them back; ``state`` are the counters of the checkpoint."""
+
+    def before_export(self) -> None:
+        """Called on every process when all steps are done and saved, such as to score with all of them."""
 
     @abstractmethod
     def export(self) -> None:
@@ -238,15 +245,12 @@ class StepLoop(ABC, Generic[Config, Batch]):
     def _reduce(self, reports: list[dict[str, Tensor]], grad_norm: Tensor) -> dict[str, float]:
         """Mean over micro-batches and processes, in one exchange."""
         names = list(reports[0])
-        local = torch.stack(
-            [torch.stack([report[name].detach().float() for name in names]) for report in reports]
-        ).mean(0)
-        ends = torch.stack(
-            [grad_norm.detach().float(), torch.tensor(float(self._stop_asked), device=grad_norm.device)]
-        )
-        row = torch.cat([local, ends.to(local.device)])
-        values = self.accelerator.reduce(row, "mean").tolist()
-        metrics = dict(zip([*names, "grad_norm", "stop"], values, strict=True))
+        local = torch.stack([torch.stack([_sum_and_count(report[name]) for name in names]) for report in reports])
+        ends = torch.stack([_sum_and_count(torch.as_tensor(x)) for x in (grad_norm, float(self._stop_asked))])
+        row = torch.cat([local.mean(0), ends.to(local.device)])
+        sums, counts = self.accelerator.reduce(row, "mean").unbind(1)
+        means = zip([*names, "grad_norm", "stop"], (sums / counts).tolist(), counts.tolist(), strict=True)
+        metrics = {name: mean for name, mean, count in means if count > 0}
         self._stopping = metrics.pop("stop") > 0
         return metrics
 
@@ -360,6 +364,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
     def _finish(self) -> Path:
         if self.config.checkpointing_steps:
             self._save()
+        self.before_export()
         if self.accelerator.is_main_process:
             self.export()
             if self.config.push_to_hub:
@@ -368,3 +373,9 @@ class StepLoop(ABC, Generic[Config, Batch]):
                 push(self.config, self.output_dir)
         self.accelerator.wait_for_everyone()
         return self.output_dir
+
+
+def _sum_and_count(metric: Tensor) -> Tensor:
+    """(2,), float32; a scalar is a sum over one."""
+    value = metric.detach().float()
+    return value if value.ndim else torch.stack([value, torch.ones_like(value)])
