@@ -41,7 +41,7 @@ class ServeConfig:
         "it is set.",
     )
     device: str | None = field(None, help="Device of the models. Default: a GPU if there is one.")
-    dtype: Literal["float32", "float16", "bfloat16"] = field("float32", help="Type of the models' weights.")
+    dtype: Literal["fp32", "fp16", "bf16"] = field("fp32", help="Type of the models' weights.")
     batch_size: int = field(32, help="Images that a model is given at once.")
     lazy: bool = field(False, help="Load each model with its first request, not at the start.")
     max_body_mb: int = field(64, help="Largest request, in MiB.")
@@ -105,8 +105,6 @@ def load_served(config: ServeConfig) -> dict[str, Reward]:
     Raises:
         UserError: no such reward, or two of one name.
     """
-    import torch
-
     from diffalign.rewards import load_reward
 
     served: dict[str, Reward] = {}
@@ -114,8 +112,7 @@ def load_served(config: ServeConfig) -> dict[str, Reward]:
         name, equals, spec = text.partition("=")
         if not equals or not _NAME.fullmatch(name):
             name, spec = "", text
-        dtype = getattr(torch, config.dtype)
-        reward = load_reward(spec, device=config.device, dtype=dtype, batch_size=config.batch_size)
+        reward = load_reward(spec, device=config.device, dtype=config.dtype, batch_size=config.batch_size)
         name = name or reward.name
         if name in served:
             raise UserError(f"two rewards are called {name!r}: rename one, as in OTHER={spec}")

@@ -23,6 +23,7 @@ from diffalign.rewards.inputs import (
     GroupIds,
     Images,
     Metadata,
+    as_dtype,
     as_group_ids,
     as_pictures,
     as_prompts,
@@ -120,19 +121,19 @@ class Reward(ABC):
         self,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         batch_size: int = 32,
         offload: Literal["none", "cpu_between_calls"] = "none",
     ) -> None:
         """
         Args:
             device: where the models run; a GPU if there is one by default.
-            dtype: of the models; scores are float32 whatever it is.
+            dtype: of the models, also by name (fp16); scores are float32 whatever it is.
             batch_size: images given to ``score`` at once.
             offload: "cpu_between_calls" moves the models to the CPU after each call and back for the next.
 
         Raises:
-            UserError: batch_size below 1, or an unknown offload.
+            UserError: batch_size below 1, or an unknown dtype or offload.
         """
         if batch_size < 1:
             raise UserError(f"batch_size of the reward {self.name} must be at least 1, got {batch_size}")
@@ -142,7 +143,7 @@ class Reward(ABC):
                 f"Choose one of {', '.join(OFFLOAD)}."
             )
         self.device = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = dtype
+        self.dtype = as_dtype(dtype, self.name)
         self.batch_size = batch_size
         self.offload = offload
         self.scoring: list[int] = []

@@ -11,12 +11,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 
 Images: TypeAlias = Tensor | Sequence[Image.Image] | Sequence[Tensor]
 Metadata: TypeAlias = Sequence[Mapping[str, Any]]
 GroupIds: TypeAlias = Tensor | Sequence[int]
 _SLACK = 0.01
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+"""How a type of weights may be written in YAML and on the command line."""
+
+
+def as_dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
+    """The type of a model's weights, also by its name. Raises UserError for another name."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise UserError(f"dtype of the reward {name} is {dtype!r}.{hint} Choose one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
 
 
 def as_tensors(images: Any, name: str) -> list[Tensor]:

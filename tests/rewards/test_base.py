@@ -286,3 +286,10 @@ def test_an_image_that_cannot_be_scored_is_marked_with_its_reason() -> None:
     assert output.valid.tolist() == [True, False, True, False, True]
     assert output.messages == [None, "no text", None, "no text", None]
     assert output.rewards.isnan().tolist() == [False, True, False, True, False]
+
+
+def test_the_type_of_weights_may_be_named() -> None:
+    assert Red(dtype="bf16").dtype == Red(dtype="bfloat16").dtype == torch.bfloat16
+    assert Red(dtype="fp32").identity == Red().identity != Red(dtype="fp16").identity
+    with pytest.raises(UserError, match="dtype of the reward red is 'bf61'. Did you mean 'bf16'"):
+        Red(dtype="bf61")

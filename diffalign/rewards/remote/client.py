@@ -31,6 +31,7 @@ from diffalign.rewards.remote.transport import Address, Refused, Transport, Unre
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _FRAME = 128
 """Bytes of a PNG, and of a request, around what they carry."""
 _CHANGED = "the server now runs {}, not {} as before: their scores cannot be mixed"
@@ -71,9 +72,9 @@ class RemoteReward(Reward):
         token_file: file with the server's token; without it the environment variable DIFFALIGN_REWARD_TOKEN is used.
         python: another Python interpreter that has diffalign. Instead of asking servers that run, one is started in it
             that serves ``reward``, and stopped when this process ends.
-        serve: further options of that server's ``diffalign serve-reward``, such as ``{"dtype": "fp16"}``.
+        serve: further options of that server's ``diffalign serve-reward``, such as ``{"max_items": 64}``.
         batch_size: images of one request. A group stays in one request, however large.
-        options: device, for a server started with ``python``; otherwise the server chose its own.
+        device, dtype: of a server started with ``python``; others chose their own.
 
     Raises:
         UserError: addresses and options do not fit each other.
@@ -104,7 +105,7 @@ class RemoteReward(Reward):
         serve: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         offload: Any = "none",
     ) -> None:
         super().__init__(device="cpu", dtype=dtype, batch_size=batch_size, offload=offload)
@@ -125,7 +126,7 @@ class RemoteReward(Reward):
         if python is not None:
             if checkpoint or addresses or not reward:
                 raise UserError("the reward remote with python= starts a server of reward=, and takes no addresses")
-            place = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
+            place = {"device": device, "dtype": _DTYPES.get(self.dtype)}
             self._spawned = SpawnedServer(python, reward, {**place, **(serve or {})})
             token, places = self._spawned.token, self._spawned.addresses
         elif serve:

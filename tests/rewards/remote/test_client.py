@@ -306,7 +306,7 @@ def test_the_token(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
         ({"checkpoint": "http://a/red", "timeout": 0}, "timeout above 0"),
         ({"checkpoint": "http://a/red", "retries": -1}, "retries of the reward remote must be at least 0"),
         ({"checkpoint": "http://a/red", "batch_size": 0}, "batch_size"),
-        ({"checkpoint": "http://a/red", "serve": {"dtype": "float16"}}, "only with python="),
+        ({"checkpoint": "http://a/red", "serve": {"lazy": True}}, "only with python="),
         ({"checkpoint": "http://a/red", "python": "/usr/bin/python3"}, "takes no addresses"),
         ({"python": "/nowhere/python", "reward": "red"}, "no Python interpreter /nowhere/python"),
     ],
