@@ -136,7 +136,7 @@ class DataConfig(TrainingConfig):
     )
     data_order: Literal["shuffled", "sequential"] = field(
         "shuffled",
-        help="A new order each pass, or that of the data (easy to hard, as diffalign difficulty writes it).",
+        help="A new order each pass, or that of the data (easy to hard, as `diffalign difficulty` writes).",
     )
     max_train_samples: int | None = field(None, help="Use only the first so many samples.")
     max_bad_rows: int = field(10, help="Skip and list up to this many unreadable rows; more is an error.")
