@@ -190,13 +190,13 @@ def merge_equal(plans: Sequence[Plan], both: Both) -> list[Plan]:
 
 
 def _images_of(pair: Pair, sides: Sequence[str]) -> list[LabelledImage]:
-    _, *captions = pair.captions
+    _, *own = pair.captions
     labels = {"chosen": pair.label, "rejected": 1 - pair.label}
-    own = dict(zip(Pair.SIDES, captions, strict=True))
+    captions = dict(zip(Pair.SIDES, own, strict=True))
     return [
         LabelledImage(
             id=f"{pair.id} {side}",
-            prompt=own[side] or pair.prompt,
+            prompt=pair.prompt if (caption := captions[side]) is None else caption,
             image=getattr(pair, side),
             label=labels[side],
             where=pair.where,

@@ -71,6 +71,42 @@ METHODS = {
         "BDPOTrainer",
         "bounded DPO: the rejected image's part of the logit is bounded",
     ),
+    "sft": Method(
+        "diffalign.trainers.sft",
+        "SFTConfig",
+        "SFTTrainer",
+        "supervised fine-tuning on liked images: the baseline and first stage",
+    ),
+    "kto": Method(
+        "diffalign.trainers.kto",
+        "KTOConfig",
+        "KTOTrainer",
+        "Diffusion-KTO: likes and dislikes of single images, no pairs",
+    ),
+    "ddpo": Method(
+        "diffalign.trainers.ddpo",
+        "DDPOConfig",
+        "DDPOTrainer",
+        "DDPO: any reward, policy gradients through the steps of the sampler",
+    ),
+    "rwr": Method(
+        "diffalign.trainers.rwr",
+        "RWRConfig",
+        "RWRTrainer",
+        "DDPO-RWR: any reward, denoise own images weighted by it",
+    ),
+    "awm": Method(
+        "diffalign.trainers.awm",
+        "AWMConfig",
+        "AWMTrainer",
+        "AWM: any reward, the training loss weighted by advantage",
+    ),
+    "nft": Method(
+        "diffalign.trainers.nft",
+        "NFTConfig",
+        "NFTTrainer",
+        "DiffusionNFT: any reward, liked against disliked on the forward process",
+    ),
 }
 """Name on the command line -> method. A new method adds its line here."""
 
@@ -107,7 +143,7 @@ def settings_for(name: str, settings: Mapping[str, Any], source: str = "config")
     foreign = {key: [m for m in METHODS if m != name and key in _field_names(m)] for key in settings if key not in own}
     dropped = [f"{key}: {settings[key]} (of {', '.join(methods)})" for key, methods in foreign.items() if methods]
     if dropped:
-        only = sorted(own - set.union(*(_field_names(m) for m in METHODS if m != name)))
+        only = sorted(own - set[str]().union(*(_field_names(m) for m in METHODS if m != name)))
         logger.warning(
             "%s: %s has no %s; left out.%s",
             source,
