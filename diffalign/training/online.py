@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -28,10 +29,13 @@ from diffalign.errors import DiffalignError, UserError
 from diffalign.pipelines import Family
 from diffalign.training.advantages import PromptStatTracker
 from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
+from diffalign.training.heldout import BEST, Heldout, append_row, keep_best
+from diffalign.training.heldout import FILE as HELDOUT_FILE
 from diffalign.training.loop import Batches, Needs, StopAsked, Trainer
 from diffalign.training.online_config import OnlineConfig
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
-from diffalign.training.scoring import RolloutScorer, Scored
+from diffalign.training.run_log import RunLog
+from diffalign.training.scoring import RolloutScorer, Scored, pad_and_gather
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class OnlineBatch:
         latents: clean latents, (B, C, h, w) float32.
         advantages, weight: (B,) float32; the weight is 0 for images that do not count, and has mean 1 over an update.
         rewards: combined reward, (B,) float32; NaN where an image has none.
+        use: number of the rollout, of the inner epoch, and of this pass over the images.
         samples: what tells each image and use of it apart, for keyed randomness.
         index: which sampling step is trained, int64 (B,), on the CPU.
         x, x_next: latents before and after that step, (B, C, h, w); empty where the objective needs none.
@@ -71,6 +76,7 @@ class OnlineBatch:
     advantages: Tensor
     weight: Tensor
     rewards: Tensor
+    use: tuple[int, int, int]
     samples: list[Key]
     index: Tensor
     x: Tensor
@@ -143,6 +149,8 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         super().__init__(config, family)
         for name in self.needs.copies:
             self.policy.add_copy(name)
+        texts = {prompt.text for prompt in self.batches.prompts}
+        self.heldout = Heldout(config, texts) if config.heldout_prompts else None
 
     def passes_per_image(self) -> int:
         """Forward passes of training for each image: the sampling steps that are trained on."""
@@ -177,7 +185,7 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         parts: list[Trajectory] = []
         jobs: list[Future[Scored]] = []
         # One thread: rewards of a batch are worked out while the next is drawn, in order.
-        with ThreadPoolExecutor(1) as pool, self.policy.evaluating(), self.accelerator.autocast():
+        with ThreadPoolExecutor(1) as pool, self.drawing(), self.policy.evaluating(), self.accelerator.autocast():
             for rows in torch.arange(len(draws)).split(self.config.rollout_batch_size):
                 if self.stop_asked():
                     raise StopAsked
@@ -197,6 +205,10 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
             "reward_seconds": scored.seconds,
         }
         return drawn
+
+    def drawing(self) -> AbstractContextManager[Any]:
+        """Whose weights draw rollouts: the policy's, or one of its copies."""
+        return nullcontext()
 
     def _draw(self, draws: Draws, text: dict[str, Tensor], rows: Tensor, keep: list[int]) -> Trajectory:
         return rollout(
@@ -253,6 +265,7 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
             advantages=scored.advantages[rows].to(device),
             weight=scored.weight[rows].to(device),
             rewards=scored.total[rows].to(device),
+            use=use,
             samples=[(self.config.seed, *use, seed) for seed in drawn.draws.seeds[rows].tolist()],
             index=trajectory.index[rows, step] if has else empty.long(),
             x=trajectory.x[rows, step].float().to(device) if has else empty,
@@ -278,11 +291,75 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
                 "or train in float32."
             )
 
+    # Judging ---------------------------------------------------------------------------------------------------
+
+    def at_start(self, log: RunLog) -> None:
+        super().at_start(log)
+        self._judge(log)
+
+    def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
+        if self.heldout is not None and self.heldout.due(self.step, self.plan.steps):
+            self._judge(log)
+            self.done = self.heldout.should_stop
+            if self.done:
+                log.say(
+                    f"step {self.step}: the trained reward went on rising while the held-out one fell significantly "
+                    f"{self.heldout.worse_in_a_row} evaluations in a row: stopped. The best LoRA, of step "
+                    f"{(self.heldout.best or {})['step']}, is in {self.output_dir / BEST}."
+                )
+
+    def _judge(self, log: RunLog) -> None:
+        """Draw the held-out prompts, score them by every reward, keep the policy if it is the best so far."""
+        if self.heldout is None:
+            return
+        prompts = self.heldout.prompts
+        mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        scores = self._score_heldout([prompts[i] for i in mine], list(mine))
+        table = pad_and_gather(self.accelerator, mine, scores, len(prompts))
+        raw = dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True))
+        trained = self.scorer.total(raw, prompts)
+        is_best = self.heldout.add(self.step, trained, {n: raw[n] for n in self.scorer.judges}, raw)
+        if self.accelerator.is_main_process:
+            row = self.heldout.report(self.heldout.history[-1])
+            append_row(self.output_dir / HELDOUT_FILE, row, self.step)
+            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.history[-1]["means"].items())
+            log.say(f"step {self.step}: held-out {means}{' (best so far)' if is_best else ''}")
+            if is_best:
+                keep_best(self.output_dir, self.policy.export, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _score_heldout(self, prompts: list[Prompt], places: list[int]) -> Tensor:
+        """Scores of held-out images, (N, rewards)."""
+        config = self.config
+        scale = config.guidance_scale if config.evaluation_guidance_scale is None else config.evaluation_guidance_scale
+        steps = make_steps(
+            self.family.noise_process,
+            self.family.scheduler_config,
+            config.evaluation_inference_steps or config.num_inference_steps,
+            eta=0.0,
+        )
+        parts = []
+        with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():
+            for rows in torch.arange(len(prompts)).split(config.rollout_batch_size):
+                chosen = [prompts[i] for i in rows.tolist()]
+                given = replace(self._condition(self._encode([p.text for p in chosen])), guidance_scale=scale)
+                if scale != 1:
+                    given = replace(given, unconditional=self.family.encode_unconditional())
+                seeds = [places[i] for i in rows.tolist()]
+                denoiser = self.policy.modules[self.family.denoiser_part]
+                drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
+                parts.append(self.scorer.judge(self._decode(drawn.latents), chosen, seeds))
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.scorer.rewards.names))
+
     def may_stop(self) -> bool:
         return self.step % self.arithmetic.steps_per_rollout == 0
 
     def save_extra(self, folder: Path) -> None:
-        state = {"tracker": self.tracker.state_dict(), "scorer": self.scorer.state_dict()}
+        state = {
+            "tracker": self.tracker.state_dict(),
+            "scorer": self.scorer.state_dict(),
+            "heldout": self.heldout.state_dict() if self.heldout else None,
+        }
         (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def load_extra(self, folder: Path) -> None:
@@ -291,6 +368,8 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         self.tracker.load_state_dict(state["tracker"])
         self.scorer.load_state_dict(state["scorer"])
+        if self.heldout is not None and state["heldout"] is not None:
+            self.heldout.load_state_dict(state["heldout"])
 
     def facts(self) -> Mapping[str, str]:
         a, config = self.arithmetic, self.config

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from diffalign.data.prompts import Prompt
 from diffalign.errors import DiffalignError, UserError
 from diffalign.rewards.base import RewardOutput
-from diffalign.rewards.combine import CombinedRewards, load_rewards
+from diffalign.rewards.combine import CombinedRewards, RewardSet, load_rewards
 from diffalign.rewards.failures import FailurePolicy
 from diffalign.training.advantages import (
     PromptStatTracker,
@@ -89,6 +89,13 @@ class RolloutScorer:
             policy=FailurePolicy(on_failure=config.on_reward_failure),
         )
         self.weights = {m.name: m.weight for m in self.rewards.members if not m.eval_only}
+        self.judges = [m.name for m in self.rewards.members if m.eval_only]
+        # Held-out rewards cost time and are not for training: a rollout is scored without them.
+        self.training_rewards = RewardSet(
+            [m for m in self.rewards.members if not m.eval_only],
+            mode=config.combine,
+            policy=self.rewards.policy,
+        )
         judges = [m.name for m in self.rewards.members if m.reward.mode == "groupwise"]
         if judges and not (whole_groups and not config.rollout_batch_size % config.num_images_per_prompt):
             raise UserError(
@@ -105,7 +112,7 @@ class RolloutScorer:
             groups: int64 (B,).
         """
         start = time.perf_counter()
-        raw = self.rewards.score(
+        raw = self.training_rewards.score(
             images, [p.text for p in prompts], [p.metadata for p in prompts], group_ids=groups.tolist()
         )
         seconds = time.perf_counter() - start
@@ -146,11 +153,22 @@ class RolloutScorer:
         scored.stats = self._stats(whole, total, dead)
 
     def _combine(self, whole: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> CombinedRewards:
-        raw = {}
-        for name in self.rewards.names:
-            values = whole[f"raw/{name}"].float()
-            raw[name] = RewardOutput(values, valid=torch.isfinite(values))
-        return self.rewards.combined(raw, [p.metadata for p in prompts], group_ids=whole["group"].long().tolist())
+        raw = _outputs({name: whole[f"raw/{name}"] for name in self.weights})
+        rows = [p.metadata for p in prompts]
+        return self.training_rewards.combined(raw, rows, group_ids=whole["group"].long().tolist())
+
+    def judge(self, images: Tensor, prompts: Sequence[Prompt], groups: Sequence[int]) -> Tensor:
+        """Scores of images by every reward, held-out ones too, in the order of ``rewards.names``: (B, rewards)."""
+        texts, rows = [p.text for p in prompts], [p.metadata for p in prompts]
+        raw = self.rewards.score(images, texts, rows, group_ids=groups)
+        return torch.stack([raw[name].rewards.double().cpu() for name in self.rewards.names], 1)
+
+    def total(self, raw: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        """The trained reward of images whose scores are known, leaving running statistics as they are: (N,)."""
+        outputs = _outputs({name: raw[name] for name in self.weights})
+        rows = [p.metadata for p in prompts]
+        groups = list(range(len(rows)))
+        return self.training_rewards.combined(outputs, rows, group_ids=groups, update=False).total
 
     def _advantages(
         self, combined: CombinedRewards, whole: Mapping[str, Tensor], tracker: PromptStatTracker
@@ -191,7 +209,7 @@ class RolloutScorer:
             "flat_images": _mean(whole["flat"]),
             "failed_images": 1 - _mean(torch.isfinite(total).double()),
         }
-        for name in self.rewards.names:
+        for name in self.weights:
             values = whole[f"raw/{name}"]
             stats |= {f"reward/{name}": _mean(values), f"reward_std/{name}": _std(values)}
         return stats
@@ -203,12 +221,11 @@ class RolloutScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, as JSON knows it."""
-        state: dict[str, Any] = self.rewards.state_dict()
-        return state
+        return self.training_rewards.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Read back what :meth:`state_dict` gave."""
-        self.rewards.load_state_dict(state)
+        self.training_rewards.load_state_dict(state)
 
 
 def within_group_distance(features: Tensor, groups: Tensor) -> Tensor:
@@ -224,6 +241,18 @@ def within_group_distance(features: Tensor, groups: Tensor) -> Tensor:
             squared = torch.cdist(members, members).square() / features.shape[1]
             result[rows] = (squared.sum(1) / (len(members) - 1)).sqrt()
     return result
+
+
+def pad_and_gather(accelerator: Accelerator, places: Sequence[int], rows: Tensor, count: int) -> Tensor:
+    """Rows that the processes hold, each at its place, on every process: (M, K) here to (count, K), float64, CPU."""
+    table = torch.zeros(count, rows.shape[1], dtype=torch.float64)
+    table[list(places)] = rows.double()
+    result: Tensor = accelerator.reduce(table.to(accelerator.device), "sum")
+    return result.cpu()
+
+
+def _outputs(raw: Mapping[str, Tensor]) -> dict[str, RewardOutput]:
+    return {name: RewardOutput(values.float(), valid=torch.isfinite(values)) for name, values in raw.items()}
 
 
 def _mean(values: Tensor) -> float:
