@@ -68,7 +68,7 @@ def vote(rewards: Tensor, weights: Tensor, group_ids: Tensor) -> Tensor:
     same = group_ids[:, None] == group_ids
     wins = (rewards[:, :, None] > rewards[:, None, :]) & same
     votes = (weights.to(rewards)[:, None] * wins.sum(-1)).sum(0)
-    # A comparison with NaN is lost, which must not pass for a score; nor is the group's other image judged then.
+    # A comparison with NaN is lost, and no votes must not pass for a score of 0.
     known = rewards.isfinite().all(0)
     return votes.masked_fill(~known, torch.nan)
 
