@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,28 @@ def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({"prompt": f"toy {index}", **files, "label": label})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.fixture
+def pair_settings(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Makes the settings of three steps of a method on pairs; keyword arguments override."""
+
+    def make(**overrides: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(tiny_sdxl_path),
+            "dataset_name": str(pairs_folder),
+            "cache_dir": str(tmp_path / "cache"),
+            "output_dir": str(tmp_path / "run"),
+            "resolution": 16,
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "rank": 2,
+            "report_to": ["none"],
+        }
+        return {**settings, **overrides}
+
+    return make
 
 
 @pytest.fixture

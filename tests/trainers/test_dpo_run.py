@@ -19,23 +19,8 @@ LN2 = torch.tensor(math.log(2), dtype=torch.float32).item()
 
 
 @pytest.fixture
-def dpo_config(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> Any:
-    def make(**overrides: Any) -> DPOConfig:
-        settings: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_sdxl_path),
-            "dataset_name": str(pairs_folder),
-            "cache_dir": str(tmp_path / "cache"),
-            "output_dir": str(tmp_path / "run"),
-            "resolution": 16,
-            "max_train_steps": 3,
-            "train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "rank": 2,
-            "report_to": ["none"],
-        }
-        return DPOConfig(**{**settings, **overrides})
-
-    return make
+def dpo_config(pair_settings: Any) -> Any:
+    return lambda **overrides: DPOConfig(**pair_settings(**overrides))
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
