@@ -15,6 +15,8 @@ from diffalign.training.config import RunConfig
 class RewardTrainingConfig(RunConfig):
     """Train a reward model on preference pairs: a CLIP, a LoRA of one, or a head on its embeddings."""
 
+    method: Literal["reward"] = field("reward", help="Says in a recipe what it is for; nothing else can stand here.")
+
     # Model
     pretrained_model_name_or_path: str = field(help="CLIP to start from: folder, hub id, or shapes-clip.")
     revision: str | None = field(None, help="Revision of the model on the hub.")
