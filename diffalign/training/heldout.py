@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.errors import UserError
 from diffalign.evaluation.stats import paired_difference
-from diffalign.training.online_config import OnlineConfig
+from diffalign.training.online_config import PromptConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Heldout:
         trained: texts of the prompts it trains on; held-out ones among them are left out.
     """
 
-    def __init__(self, config: OnlineConfig, trained: set[str]) -> None:
+    def __init__(self, config: PromptConfig, trained: set[str]) -> None:
         assert config.heldout_prompts is not None
         self.config = config
         found = read_prompts(config.heldout_prompts, limit=config.num_heldout_prompts)

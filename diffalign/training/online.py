@@ -22,36 +22,31 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.data.prompts import Prompt
 from diffalign.diffusion.random import Key, keyed_permutation
-from diffalign.diffusion.steps import Steps, make_steps
-from diffalign.errors import DiffalignError, UserError
+from diffalign.errors import DiffalignError
 from diffalign.pipelines import Family
 from diffalign.training.advantages import PromptStatTracker
 from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
-from diffalign.training.heldout import BEST, Heldout, append_row, keep_best
-from diffalign.training.heldout import FILE as HELDOUT_FILE
-from diffalign.training.loop import Batches, Needs, StopAsked, Trainer
+from diffalign.training.loop import Batches, StopAsked
 from diffalign.training.online_config import OnlineConfig
+from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
-from diffalign.training.run_log import RunLog
-from diffalign.training.scoring import RolloutScorer, Scored, pad_and_gather
+from diffalign.training.scoring import RolloutScorer, Scored
 
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=OnlineConfig)
-_STATE = "online_state.json"
+_TRACKER = "prompt_statistics.json"
 _RATIO_BOUND = 1e-4
 
 
 @dataclass(frozen=True)
-class OnlineNeeds(Needs):
+class OnlineNeeds(PromptNeeds):
     """What an online objective needs of a rollout."""
 
     steps: bool = False
     """Latents and log-probabilities of the sampling steps; without, the clean latents alone."""
-    copies: tuple[str, ...] = ()
-    """Slow copies of the policy, by name."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,8 @@ class OnlineBatches(Batches[OnlineBatch]):
 
     def __init__(self, trainer: OnlineTrainer[Any]) -> None:
         self.trainer = trainer
-        config = trainer.config
-        self.prompts = read_prompts(config.prompts, limit=config.max_prompts, seed=config.seed)
-        self.samples = len(self.prompts)
-        self.order = GroupOrder(self.samples, config.seed, trainer.arithmetic)
+        self.samples = len(trainer.prompts)
+        self.order = GroupOrder(self.samples, trainer.config.seed, trainer.arithmetic)
         self.current: Rollout | None = None
 
     def stream(self, start_step: int, stop_step: int) -> Iterator[OnlineBatch]:
@@ -126,11 +119,12 @@ class OnlineBatches(Batches[OnlineBatch]):
                 yield self.trainer.batch(drawn, rows, (drawn.number, epoch, use), fresh=fresh)
 
 
-class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
+class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
     """A method that learns from rewards of its own images. A subclass gives ``needs`` and ``compute_loss``."""
 
     needs: ClassVar[OnlineNeeds] = OnlineNeeds()
     batches: OnlineBatches
+    scorer: RolloutScorer
 
     def __init__(self, config: Config, family: Family | None = None) -> None:
         self.arithmetic = Arithmetic(
@@ -147,10 +141,6 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         self.tracker = PromptStatTracker(config.tracker_buffer_size, config.tracker_min_count)
         self.stats: dict[str, float] = {}
         super().__init__(config, family)
-        for name in self.needs.copies:
-            self.policy.add_copy(name)
-        texts = {prompt.text for prompt in self.batches.prompts}
-        self.heldout = Heldout(config, texts) if config.heldout_prompts else None
 
     def passes_per_image(self) -> int:
         """Forward passes of training for each image: the sampling steps that are trained on."""
@@ -158,15 +148,7 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
 
     def make_batches(self) -> OnlineBatches:
         config = self.config
-        self.steps: Steps = make_steps(
-            self.family.noise_process,
-            self.family.scheduler_config,
-            config.num_inference_steps,
-            config.sampler,
-            config.eta,
-        )
-        side = config.resolution or self.family.default_resolution
-        self.latent_shape = self.family.latent_shape(side, side)
+        self.read_prompts()
         self.arithmetic = replace(self.arithmetic, passes_per_image=self.passes_per_image())
         config.work_out(self.arithmetic)
         self.accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -179,8 +161,8 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         """Draw, score and weigh rollout ``number``. Raises StopAsked where the run should stop."""
         start = time.perf_counter()
         draws = self.batches.order.draws(number, self.accelerator.process_index)
-        prompts = [self.batches.prompts[i] for i in draws.prompts.tolist()]
-        text = self._encode([prompt.text for prompt in prompts])
+        prompts = [self.prompts[i] for i in draws.prompts.tolist()]
+        text = self.encode([prompt.text for prompt in prompts])
         keep = self._kept_steps(number)
         parts: list[Trajectory] = []
         jobs: list[Future[Scored]] = []
@@ -190,13 +172,13 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
                 if self.stop_asked():
                     raise StopAsked
                 parts.append(self._draw(draws, text, rows, keep))
-                images = self._decode(parts[-1].latents)
+                images = self.decode(parts[-1].latents)
                 chosen = [prompts[i] for i in rows.tolist()]
                 jobs.append(pool.submit(self.scorer.score, images, chosen, draws.groups[rows]))
             sampling = time.perf_counter() - start
             scored = Scored.cat([job.result() for job in jobs])
         drawn = Rollout(number, draws, prompts, text, Trajectory.cat(parts), scored)
-        self.scorer.weigh(draws, scored, self.tracker, self.batches.prompts)
+        self.scorer.weigh(draws, scored, self.tracker, self.prompts)
         self.stats = {
             **scored.stats,
             "rollout": number,
@@ -215,31 +197,12 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
             self.family,
             self.policy.modules[self.family.denoiser_part],
             self.steps,
-            self._condition(select_text(text, rows)),
+            self.condition(select_text(text, rows)),
             draws.seeds[rows].tolist(),
             self.latent_shape,
             keep=keep,
             storage=torch.bfloat16 if self.config.store_bf16 else torch.float32,
         )
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        images = self.family.decode_latents(latents.to(self.accelerator.device), chunk=self.config.decode_batch_size)
-        return images.cpu()
-
-    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Embeddings of each image's prompt, on the CPU; a prompt is encoded once."""
-        unique = list(dict.fromkeys(prompts))
-        with torch.no_grad():
-            parts = [self.family.encode_prompts(unique[i : i + 64]) for i in range(0, len(unique), 64)]
-            self.unconditional = self.family.encode_unconditional() if self.config.guidance_scale != 1 else None
-        text = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        return select_text(text, [place[prompt] for prompt in prompts])
-
-    def _condition(self, text: Mapping[str, Tensor]) -> Condition:
-        device = self.accelerator.device
-        moved = {name: value.to(device) for name, value in text.items()}
-        return Condition(moved, self.unconditional, self.config.guidance_scale)
 
     def _kept_steps(self, number: int) -> list[int]:
         if not self.needs.steps:
@@ -260,7 +223,7 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
         has = self.needs.steps
         empty = torch.zeros(len(rows), 0)
         return OnlineBatch(
-            given=self._condition(select_text(drawn.text, rows)),
+            given=self.condition(select_text(drawn.text, rows)),
             latents=trajectory.latents[rows].to(device),
             advantages=scored.advantages[rows].to(device),
             weight=scored.weight[rows].to(device),
@@ -291,85 +254,18 @@ class OnlineTrainer(Trainer[Config, OnlineBatch], Generic[Config]):
                 "or train in float32."
             )
 
-    # Judging ---------------------------------------------------------------------------------------------------
-
-    def at_start(self, log: RunLog) -> None:
-        super().at_start(log)
-        self._judge(log)
-
-    def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
-        if self.heldout is not None and self.heldout.due(self.step, self.plan.steps):
-            self._judge(log)
-            self.done = self.heldout.should_stop
-            if self.done:
-                log.say(
-                    f"step {self.step}: the trained reward went on rising while the held-out one fell significantly "
-                    f"{self.heldout.worse_in_a_row} evaluations in a row: stopped. The best LoRA, of step "
-                    f"{(self.heldout.best or {})['step']}, is in {self.output_dir / BEST}."
-                )
-
-    def _judge(self, log: RunLog) -> None:
-        """Draw the held-out prompts, score them by every reward, keep the policy if it is the best so far."""
-        if self.heldout is None:
-            return
-        prompts = self.heldout.prompts
-        mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        scores = self._score_heldout([prompts[i] for i in mine], list(mine))
-        table = pad_and_gather(self.accelerator, mine, scores, len(prompts))
-        raw = dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True))
-        trained = self.scorer.total(raw, prompts)
-        is_best = self.heldout.add(self.step, trained, {n: raw[n] for n in self.scorer.judges}, raw)
-        if self.accelerator.is_main_process:
-            row = self.heldout.report(self.heldout.history[-1])
-            append_row(self.output_dir / HELDOUT_FILE, row, self.step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.history[-1]["means"].items())
-            log.say(f"step {self.step}: held-out {means}{' (best so far)' if is_best else ''}")
-            if is_best:
-                keep_best(self.output_dir, self.policy.export, self.step)
-        self.accelerator.wait_for_everyone()
-
-    def _score_heldout(self, prompts: list[Prompt], places: list[int]) -> Tensor:
-        """Scores of held-out images, (N, rewards)."""
-        config = self.config
-        scale = config.guidance_scale if config.evaluation_guidance_scale is None else config.evaluation_guidance_scale
-        steps = make_steps(
-            self.family.noise_process,
-            self.family.scheduler_config,
-            config.evaluation_inference_steps or config.num_inference_steps,
-            eta=0.0,
-        )
-        parts = []
-        with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():
-            for rows in torch.arange(len(prompts)).split(config.rollout_batch_size):
-                chosen = [prompts[i] for i in rows.tolist()]
-                given = replace(self._condition(self._encode([p.text for p in chosen])), guidance_scale=scale)
-                if scale != 1:
-                    given = replace(given, unconditional=self.family.encode_unconditional())
-                seeds = [places[i] for i in rows.tolist()]
-                denoiser = self.policy.modules[self.family.denoiser_part]
-                drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
-                parts.append(self.scorer.judge(self._decode(drawn.latents), chosen, seeds))
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.scorer.rewards.names))
+    # The run -----------------------------------------------------------------------------------------------------
 
     def may_stop(self) -> bool:
         return self.step % self.arithmetic.steps_per_rollout == 0
 
     def save_extra(self, folder: Path) -> None:
-        state = {
-            "tracker": self.tracker.state_dict(),
-            "scorer": self.scorer.state_dict(),
-            "heldout": self.heldout.state_dict() if self.heldout else None,
-        }
-        (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        super().save_extra(folder)
+        (folder / _TRACKER).write_text(json.dumps(self.tracker.state_dict()), encoding="utf-8")
 
     def load_extra(self, folder: Path) -> None:
-        if not (folder / _STATE).is_file():
-            raise UserError(f"{folder} is no checkpoint of an online method: {_STATE} is missing")
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        self.tracker.load_state_dict(state["tracker"])
-        self.scorer.load_state_dict(state["scorer"])
-        if self.heldout is not None and state["heldout"] is not None:
-            self.heldout.load_state_dict(state["heldout"])
+        super().load_extra(folder)
+        self.tracker.load_state_dict(json.loads((folder / _TRACKER).read_text(encoding="utf-8")))
 
     def facts(self) -> Mapping[str, str]:
         a, config = self.arithmetic, self.config

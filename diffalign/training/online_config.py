@@ -1,4 +1,4 @@
-"""The settings of every method that learns from rewards of its own images."""
+"""The settings of methods that learn from rewards of the images they draw."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffalign.training.groups import Arithmetic
 
 
 @dataclass(kw_only=True)
-class OnlineConfig(TrainingConfig):
-    """What to draw, how to score it, and how to learn from the scores."""
+class PromptConfig(TrainingConfig):
+    """What to draw, and how it is scored."""
 
     # Prompts
     prompts: str = field(
@@ -30,25 +30,62 @@ class OnlineConfig(TrainingConfig):
         "scored on the held-out prompts and never trained on."
     )
     combine: Mode = field("sum", help="How several rewards become one, see docs/combining-rewards.md.")
-    normalise_each_reward: bool = field(
-        True, help="Turn each reward into advantages before they are added, so that weights mean what they say."
-    )
     on_reward_failure: Literal["stop", "retry", "drop"] = field(
         "stop", help="Images that cannot be scored: end the run (it can be resumed), try again, or leave them out."
     )
 
+    # Sampling
+    rollout_batch_size: int = field(8, help="Images a process draws at once.")
+    decode_batch_size: int = field(4, help="Images the VAE decodes at once.")
+    num_inference_steps: int = field(20, help="Sampling steps.")
+    sampler: SamplerName = field("ddim", help="Sampler; flow_sde, dance and cps are for flow models.")
+    eta: float = field(1.0, help="Noise of the sampler; 0 is deterministic.")
+    guidance_scale: float = field(
+        5.0, help="Classifier-free guidance, the same in drawing and training; 1 is without."
+    )
+    resolution: int | None = field(None, help="Side of the images in pixels. Default: the model's own.")
+
+    # Held-out evaluation
+    heldout_prompts: str | None = field(
+        None, help="Prompts to judge by, never trained on; takes the same as prompts, and shapes-heldout."
+    )
+    num_heldout_prompts: int = field(64, help="How many of them, one image each.")
+    evaluation_steps: int = field(50, help="Judge every so many optimiser steps, at step 0 and at the end.")
+    evaluation_inference_steps: int | None = field(None, help="Sampling steps then. Default: num_inference_steps.")
+    evaluation_guidance_scale: float | None = field(None, help="Guidance then. Default: guidance_scale.")
+    early_stop: bool = field(
+        False, help="End the run when the trained reward rises while the held-out one falls significantly."
+    )
+    early_stop_patience: int = field(2, help="Evaluations in a row that must show it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "rollout_batch_size",
+            "decode_batch_size",
+            "num_inference_steps",
+            "num_heldout_prompts",
+            "evaluation_steps",
+            "early_stop_patience",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("eta", self.eta >= 0, "0 or more")
+        self._require("guidance_scale", self.guidance_scale >= 1, "at least 1")
+        if self.max_train_steps is None:
+            raise UserError("say max_train_steps: a run on prompts has no end of its own")
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one, for example rewards: [pickscore]")
+        if self.early_stop and not self.heldout_prompts:
+            raise UserError("early_stop needs heldout_prompts to judge by")
+
+
+@dataclass(kw_only=True)
+class OnlineConfig(PromptConfig):
+    """How rollouts are made and learned from."""
+
     # Rollout
     num_prompts_per_rollout: int = field(8, help="Prompts of a rollout, over all processes.")
     num_images_per_prompt: int = field(8, help="Images of each prompt: the group that advantages compare within.")
-    rollout_batch_size: int = field(8, help="Images a process draws at once.")
-    decode_batch_size: int = field(4, help="Images the VAE decodes at once.")
-    num_inference_steps: int = field(20, help="Sampling steps of a rollout.")
-    sampler: SamplerName = field("ddim", help="Sampler of a rollout; flow_sde, dance and cps are for flow models.")
-    eta: float = field(1.0, help="Noise of the sampler; 0 is deterministic.")
-    guidance_scale: float = field(
-        5.0, help="Classifier-free guidance, the same in rollout and training; 1 is without."
-    )
-    resolution: int | None = field(None, help="Side of the images in pixels. Default: the model's own.")
     store_bf16: bool = field(False, help="Keep latents of a rollout in bfloat16: half the memory, rounded steps.")
 
     # Updates
@@ -60,6 +97,9 @@ class OnlineConfig(TrainingConfig):
     gradient_accumulation_steps: int = field(1, help="Worked out from the sizes above; leave it alone.")
 
     # Advantages
+    normalise_each_reward: bool = field(
+        True, help="Turn each reward into advantages before they are added, so that weights mean what they say."
+    )
     advantage: Literal["group", "global_std", "tracker", "batch"] = field(
         "group",
         help="What a reward is compared with: its group; its group, in units of the spread of all; running statistics "
@@ -69,41 +109,17 @@ class OnlineConfig(TrainingConfig):
     tracker_buffer_size: int = field(32, help="Rewards of a prompt that the tracker remembers.")
     tracker_min_count: int = field(16, help="Fewer than this, and the tracker uses statistics of the rollout.")
 
-    # Held-out evaluation
-    heldout_prompts: str | None = field(
-        None, help="Prompts to judge by, never trained on; takes the same as prompts, and shapes-heldout."
-    )
-    num_heldout_prompts: int = field(64, help="How many of them, one image each.")
-    evaluation_steps: int = field(50, help="Judge every so many optimiser steps, at step 0 and at the end.")
-    evaluation_inference_steps: int | None = field(None, help="Sampling steps then. Default: those of a rollout.")
-    evaluation_guidance_scale: float | None = field(None, help="Guidance then. Default: that of a rollout.")
-    early_stop: bool = field(
-        False, help="End the run when the trained reward rises while the held-out one falls significantly."
-    )
-    early_stop_patience: int = field(2, help="Evaluations in a row that must show it.")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (
             "num_prompts_per_rollout",
             "num_images_per_prompt",
-            "rollout_batch_size",
-            "decode_batch_size",
-            "num_inference_steps",
             "num_updates_per_rollout",
             "num_inner_epochs",
-            "num_heldout_prompts",
-            "evaluation_steps",
-            "early_stop_patience",
             "tracker_buffer_size",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("eta", self.eta >= 0, "0 or more")
         self._require("advantage_clip", self.advantage_clip > 0, "above 0")
-        if self.max_train_steps is None:
-            raise UserError("say max_train_steps: a run on prompts has no end of its own")
-        if not self.rewards:
-            raise UserError("rewards is empty: name at least one, for example rewards: [pickscore]")
         trained = self.num_train_steps_per_image
         self._require("num_train_steps_per_image", trained is None or trained >= 1, "at least 1")
         if self.advantage in ("group", "global_std") and self.num_images_per_prompt < 2:

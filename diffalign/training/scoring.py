@@ -26,7 +26,7 @@ from diffalign.training.advantages import (
     zero_variance_groups,
 )
 from diffalign.training.groups import Draws
-from diffalign.training.online_config import OnlineConfig
+from diffalign.training.online_config import OnlineConfig, PromptConfig
 
 _THUMBNAIL = 16
 
@@ -65,37 +65,70 @@ class Scored:
         )
 
 
-class RolloutScorer:
-    """Scores images with the rewards of a run and turns scores into advantages.
-
-    Images are scored where they are drawn; rewards are combined on the scores of all processes, which are the same
-    everywhere, and so are running statistics.
-
-    Args:
-        config: of the run.
-        accelerator: gathers scores from all processes.
-        whole_groups: each process draws whole groups, as rewards that judge a group need.
+class Scorer:
+    """The rewards of a run: those it trains on, and those that only judge.
 
     Raises:
-        UserError: no reward to train on, or a group-wise one where groups are split over processes.
+        UserError: no such reward, or none to train on.
     """
 
-    def __init__(self, config: OnlineConfig, accelerator: Accelerator, *, whole_groups: bool) -> None:
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: PromptConfig, accelerator: Accelerator) -> None:
+        self.combine, self.accelerator = config.combine, accelerator
         self.rewards = load_rewards(
             config.rewards,
             mode=config.combine,
             device=accelerator.device,
             policy=FailurePolicy(on_failure=config.on_reward_failure),
         )
-        self.weights = {m.name: m.weight for m in self.rewards.members if not m.eval_only}
+        trained = [m for m in self.rewards.members if not m.eval_only]
+        self.weights = {m.name: m.weight for m in trained}
         self.judges = [m.name for m in self.rewards.members if m.eval_only]
-        # Held-out rewards cost time and are not for training: a rollout is scored without them.
-        self.training_rewards = RewardSet(
-            [m for m in self.rewards.members if not m.eval_only],
-            mode=config.combine,
-            policy=self.rewards.policy,
-        )
+        # Held-out rewards cost time and are not for training: images to train on are scored without them.
+        self.training_rewards = RewardSet(trained, mode=config.combine, policy=self.rewards.policy)
+
+    def judge(self, images: Tensor, prompts: Sequence[Prompt], groups: Sequence[int]) -> Tensor:
+        """Scores of images by every reward, held-out ones too, in the order of ``rewards.names``: (B, rewards)."""
+        texts, rows = [p.text for p in prompts], [p.metadata for p in prompts]
+        raw = self.rewards.score(images, texts, rows, group_ids=groups)
+        return torch.stack([raw[name].rewards.double().cpu() for name in self.rewards.names], 1)
+
+    def total(self, raw: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        """The trained reward of images whose scores are known, leaving running statistics as they are: (N,)."""
+        outputs = _outputs({name: raw[name] for name in self.weights})
+        rows = [p.metadata for p in prompts]
+        groups = list(range(len(rows)))
+        return self.training_rewards.combined(outputs, rows, group_ids=groups, update=False).total
+
+    def describe(self) -> str:
+        """The rewards in one line."""
+        weights = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        return f"{self.combine} of {weights}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, as JSON knows it."""
+        return self.training_rewards.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Read back what :meth:`state_dict` gave."""
+        self.training_rewards.load_state_dict(state)
+
+
+class RolloutScorer(Scorer):
+    """Turns scores of rollouts into advantages.
+
+    Images are scored where they are drawn; rewards are combined on the scores of all processes, which are the same
+    everywhere, and so are running statistics.
+
+    Args:
+        whole_groups: each process draws whole groups, as rewards that judge a group need.
+
+    Raises:
+        UserError: a group-wise reward where groups are split over processes or batches.
+    """
+
+    def __init__(self, config: OnlineConfig, accelerator: Accelerator, *, whole_groups: bool) -> None:
+        super().__init__(config, accelerator)
+        self.config = config
         judges = [m.name for m in self.rewards.members if m.reward.mode == "groupwise"]
         if judges and not (whole_groups and not config.rollout_batch_size % config.num_images_per_prompt):
             raise UserError(
@@ -157,19 +190,6 @@ class RolloutScorer:
         rows = [p.metadata for p in prompts]
         return self.training_rewards.combined(raw, rows, group_ids=whole["group"].long().tolist())
 
-    def judge(self, images: Tensor, prompts: Sequence[Prompt], groups: Sequence[int]) -> Tensor:
-        """Scores of images by every reward, held-out ones too, in the order of ``rewards.names``: (B, rewards)."""
-        texts, rows = [p.text for p in prompts], [p.metadata for p in prompts]
-        raw = self.rewards.score(images, texts, rows, group_ids=groups)
-        return torch.stack([raw[name].rewards.double().cpu() for name in self.rewards.names], 1)
-
-    def total(self, raw: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
-        """The trained reward of images whose scores are known, leaving running statistics as they are: (N,)."""
-        outputs = _outputs({name: raw[name] for name in self.weights})
-        rows = [p.metadata for p in prompts]
-        groups = list(range(len(rows)))
-        return self.training_rewards.combined(outputs, rows, group_ids=groups, update=False).total
-
     def _advantages(
         self, combined: CombinedRewards, whole: Mapping[str, Tensor], tracker: PromptStatTracker
     ) -> Tensor:
@@ -213,19 +233,6 @@ class RolloutScorer:
             values = whole[f"raw/{name}"]
             stats |= {f"reward/{name}": _mean(values), f"reward_std/{name}": _std(values)}
         return stats
-
-    def describe(self) -> str:
-        """The rewards in one line."""
-        weights = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        return f"{self.config.combine} of {weights}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs, as JSON knows it."""
-        return self.training_rewards.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Read back what :meth:`state_dict` gave."""
-        self.training_rewards.load_state_dict(state)
 
 
 def within_group_distance(features: Tensor, groups: Tensor) -> Tensor:

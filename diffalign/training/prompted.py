@@ -1,0 +1,170 @@
+"""Methods that draw images of prompts and have them scored: what RL and reward gradients share.
+
+Prompts, sampler, rewards, and the held-out evaluation that says whether a rising reward means better images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.diffusion.steps import Steps, make_steps
+from diffalign.errors import UserError
+from diffalign.pipelines import Family
+from diffalign.training.heldout import BEST, Heldout, append_row, keep_best
+from diffalign.training.heldout import FILE as HELDOUT_FILE
+from diffalign.training.loop import Needs, Trainer
+from diffalign.training.online_config import PromptConfig
+from diffalign.training.rollout import Condition, rollout, select_text
+from diffalign.training.run_log import RunLog
+from diffalign.training.scoring import Scorer, pad_and_gather
+from diffalign.training.steps import Batch
+
+Config = TypeVar("Config", bound=PromptConfig)
+_STATE = "prompted_state.json"
+_ENCODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class PromptNeeds(Needs):
+    """What a method on prompts needs beside the policy."""
+
+    copies: tuple[str, ...] = ()
+    """Slow copies of the policy, by name."""
+
+
+class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
+    """A method that draws images and is told how good they are."""
+
+    needs: ClassVar[PromptNeeds] = PromptNeeds()
+    scorer: Scorer
+
+    def __init__(self, config: Config, family: Family | None = None) -> None:
+        super().__init__(config, family)
+        for name in self.needs.copies:
+            self.policy.add_copy(name)
+        texts = {prompt.text for prompt in self.prompts}
+        self.heldout = Heldout(config, texts) if config.heldout_prompts else None
+
+    def read_prompts(self) -> None:
+        """Read the prompts and make the sampler's steps; the first thing that ``make_batches`` does."""
+        config = self.config
+        self.prompts: list[Prompt] = read_prompts(config.prompts, limit=config.max_prompts, seed=config.seed)
+        self.steps: Steps = make_steps(
+            self.family.noise_process,
+            self.family.scheduler_config,
+            config.num_inference_steps,
+            config.sampler,
+            config.eta,
+        )
+        side = config.resolution or self.family.default_resolution
+        self.latent_shape = self.family.latent_shape(side, side)
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Embeddings of each image's prompt, on the CPU; a prompt that comes often is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            parts = [
+                self.family.encode_prompts(unique[i : i + _ENCODED_AT_ONCE])
+                for i in range(0, len(unique), _ENCODED_AT_ONCE)
+            ]
+        text = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return select_text(text, [place[prompt] for prompt in prompts])
+
+    def condition(self, text: Mapping[str, Tensor], guidance_scale: float | None = None) -> Condition:
+        """What images are drawn for, on the device; guidance is the run's unless another is given."""
+        device = self.accelerator.device
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        moved = {name: value.to(device) for name, value in text.items()}
+        if scale == 1:
+            return Condition(moved)
+        with torch.no_grad():
+            return Condition(moved, self.family.encode_unconditional(), scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] of latents, on the CPU, without gradient."""
+        images = self.family.decode_latents(latents.to(self.accelerator.device), chunk=self.config.decode_batch_size)
+        return images.cpu()
+
+    # Judging ---------------------------------------------------------------------------------------------------
+
+    def at_start(self, log: RunLog) -> None:
+        super().at_start(log)
+        self._judge(log)
+
+    def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
+        if self.heldout is not None and self.heldout.due(self.step, self.plan.steps):
+            self._judge(log)
+            self.done = self.heldout.should_stop
+            if self.done:
+                log.say(
+                    f"step {self.step}: the trained reward went on rising while the held-out one fell significantly "
+                    f"{self.heldout.worse_in_a_row} evaluations in a row: stopped. The best LoRA, of step "
+                    f"{(self.heldout.best or {})['step']}, is in {self.output_dir / BEST}."
+                )
+
+    def _judge(self, log: RunLog) -> None:
+        """Draw the held-out prompts, score them by every reward, keep the policy if it is the best so far."""
+        if self.heldout is None:
+            return
+        prompts = self.heldout.prompts
+        mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        scores = self._score_heldout([prompts[i] for i in mine], list(mine))
+        table = pad_and_gather(self.accelerator, mine, scores, len(prompts))
+        raw = dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True))
+        trained = self.scorer.total(raw, prompts)
+        is_best = self.heldout.add(self.step, trained, {n: raw[n] for n in self.scorer.judges}, raw)
+        if self.accelerator.is_main_process:
+            row = self.heldout.report(self.heldout.history[-1])
+            append_row(self.output_dir / HELDOUT_FILE, row, self.step)
+            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.history[-1]["means"].items())
+            log.say(f"step {self.step}: held-out {means}{' (best so far)' if is_best else ''}")
+            if is_best:
+                keep_best(self.output_dir, self.policy.export, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _score_heldout(self, prompts: list[Prompt], places: list[int]) -> Tensor:
+        """Scores of held-out images, (N, rewards)."""
+        config = self.config
+        scale = config.guidance_scale if config.evaluation_guidance_scale is None else config.evaluation_guidance_scale
+        steps = make_steps(
+            self.family.noise_process,
+            self.family.scheduler_config,
+            config.evaluation_inference_steps or config.num_inference_steps,
+            eta=0.0,
+        )
+        parts = []
+        with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():
+            for rows in torch.arange(len(prompts)).split(config.rollout_batch_size):
+                chosen = [prompts[i] for i in rows.tolist()]
+                given = self.condition(self.encode([p.text for p in chosen]), scale)
+                seeds = [places[i] for i in rows.tolist()]
+                denoiser = self.policy.modules[self.family.denoiser_part]
+                drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
+                parts.append(self.scorer.judge(self.decode(drawn.latents), chosen, seeds))
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.scorer.rewards.names))
+
+    # Resuming --------------------------------------------------------------------------------------------------
+
+    def save_extra(self, folder: Path) -> None:
+        state = {
+            "scorer": self.scorer.state_dict(),
+            "heldout": self.heldout.state_dict() if self.heldout else None,
+        }
+        (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load_extra(self, folder: Path) -> None:
+        if not (folder / _STATE).is_file():
+            raise UserError(f"{folder} is no checkpoint of a method on prompts: {_STATE} is missing")
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        self.scorer.load_state_dict(state["scorer"])
+        if self.heldout is not None and state["heldout"] is not None:
+            self.heldout.load_state_dict(state["heldout"])
