@@ -107,6 +107,12 @@ METHODS = {
         "NFTTrainer",
         "DiffusionNFT: any reward, liked against disliked on the forward process",
     ),
+    "reward_gradient": Method(
+        "diffalign.trainers.reward_gradient",
+        "RewardGradientConfig",
+        "RewardGradientTrainer",
+        "ReFL, DRaFT, AlignProp: a differentiable reward, through the sampler",
+    ),
 }
 """Name on the command line -> method. A new method adds its line here."""
 
