@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Does each method move what it promises to move? On the shapes world, held-out prompts, same seeds, several runs.
 
-    python benchmarks/shapes_methods.py --methods dpo --seeds 0 1 2 --out benchmarks/results/shapes_methods.json
+    python benchmarks/shapes_methods.py --methods dpo mapo --seeds 0 1 2 --out benchmarks/results/shapes_methods.json
 
 Trains every method with its recipe ``shapes-<method>`` and every seed, in a process of its own, draws the held-out
 prompts with the base model and with the result, and adds one record to the file. A record that is there is kept and
-its run not repeated; ``--again`` repeats it. ``python benchmarks/render_results.py`` makes docs/results.md of it.
+its run not repeated; ``--again`` repeats it. ``--dataset_name`` trains on other pairs than the recipe's. For methods
+that need captions of single images they are made first. ``python benchmarks/render_results.py`` makes docs/results.md
+of the file.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import numpy as np
 from diffalign.app import console
 from diffalign.config import load_yaml
 from diffalign.evaluation.shapes import GUIDANCE, STEPS, Judgement, compare, draw, heldout_prompts, judge
+from diffalign.recipes import find
 from diffalign.trainers import load_method
 
+CAPTIONED = {"dcpo"}
+"""Methods whose data needs a caption for each image: the checker's description."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -38,31 +43,50 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file that the records are added to")
     parser.add_argument("--images", type=int, default=1024, help="held-out prompts, one image each and model")
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_methods"), help="folder of the training runs")
+    parser.add_argument("--dataset_name", default="shapes-pairs", help="preferences to train on")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a record")
     args = parser.parse_args()
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    todo = [(method, seed) for method in args.methods for seed in args.seeds]
-    have = {(record["method"], record["seed"]) for record in records}
+    todo = [(method, seed, args.dataset_name) for method in args.methods for seed in args.seeds]
+    have = set(map(key, records))
     prompts = heldout_prompts(args.images)
     base: Judgement | None = None
     console.set_up()
-    for method, seed in todo:
-        if (method, seed) in have and not args.again:
-            print(f"{method} seed {seed}: has a record")
+    for method, seed, data in todo:
+        if (method, seed, data) in have and not args.again:
+            print(f"{method} seed {seed} on {data}: has a record")
             continue
         if base is None:
             base = judge(draw(prompts, progress="base"), prompts)
-        record = measure(method, seed, args.runs / f"{method}-{seed}", prompts, base)
-        records = [r for r in records if (r["method"], r["seed"]) != (method, seed)] + [record]
+        record = measure(method, seed, data, args.runs, prompts, base)
+        records = [r for r in records if key(r) != (method, seed, data)] + [record]
         write(args.out, records)
         print(json.dumps({k: record[k] for k in ("method", "seed", "checker_score", "win_rate_annotator")}))
 
 
-def measure(method: str, seed: int, run: Path, prompts: list[str], base: Judgement) -> dict[str, Any]:
+def key(record: dict[str, Any]) -> tuple[str, int, str]:
+    """What tells records apart."""
+    return record["method"], record["seed"], record.get("data", "shapes-pairs")
+
+
+def prepare(method: str, data: str, runs: Path) -> list[str]:
+    """Make what the method's data lacks; returns the flags that name the data."""
+    if method not in CAPTIONED:
+        recipe = load_yaml(find(f"shapes-{method}")).get("dataset_name")
+        return [] if recipe in (None, data) else ["--dataset_name", data]
+    folder = runs / "captions" / Path(data).stem
+    command = [sys.executable, "-m", "diffalign", "captions", data, "--captioner", "shapes-checker"]
+    subprocess.run([*command, "--output_dir", str(folder)], check=True)
+    return ["--dataset_name", str(folder)]
+
+
+def measure(method: str, seed: int, data: str, runs: Path, prompts: list[str], base: Judgement) -> dict[str, Any]:
     """Train one method with one seed, draw, judge; returns the record."""
-    command = [sys.executable, "-m", "diffalign", "train", method, "--config", f"shapes-{method}"]
-    command += ["--seed", str(seed), "--output_dir", str(run), "--overwrite_output_dir"]
+    run = runs / (f"{method}-{seed}" if data == "shapes-pairs" else f"{method}-{Path(data).stem}-{seed}")
+    command = [sys.executable, "-m", "diffalign", "train", "--config", f"shapes-{method}"]
+    command += [*prepare(method, data, runs), "--seed", str(seed)]
+    command += ["--output_dir", str(run), "--overwrite_output_dir"]
     start = time.monotonic()
     # wait4 tells of this process alone; getrusage would give the largest of all that ran before.
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
@@ -75,6 +99,7 @@ def measure(method: str, seed: int, run: Path, prompts: list[str], base: Judgeme
     return {
         "method": method,
         "seed": seed,
+        "data": data,
         "images": len(prompts),
         "sampling": f"{STEPS} steps, guidance {GUIDANCE:g}",
         "base_checker_score": round(float(base.checker.mean()), 4),
@@ -83,31 +108,33 @@ def measure(method: str, seed: int, run: Path, prompts: list[str], base: Judgeme
         "annotator_utility": round(float(aligned.annotator.mean()), 4),
         **{f"win_rate_{judge_}": [round(x, 4) for x in (r.rate, r.low, r.high)] for judge_, r in rates.items()},
         "steps": len(rows),
-        "policy_forward_passes": policy_forward_passes(method, run, len(rows)),
+        "policy_forward_passes": policy_forward_passes(run, len(rows)),
         "train_seconds": round(seconds, 1),
         "step_seconds": round(float(np.median([row["step_seconds"] for row in rows])), 4),
         "peak_memory_mib": round(usage.ru_maxrss / 1024),
-        "implicit_accuracy": round(float(np.mean([row["implicit_accuracy"] for row in rows[-50:]])), 4)
-        if "implicit_accuracy" in rows[-1]
-        else None,
+        **{
+            name: round(float(np.mean([row[name] for row in rows[-50:]])), 4)
+            for name in ("implicit_accuracy", "pair_accuracy")
+            if name in rows[-1]
+        },
         "command": "diffalign " + " ".join(command[3:]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def policy_forward_passes(method: str, run: Path, steps: int) -> int:
+def policy_forward_passes(run: Path, steps: int) -> int:
     """Images that went through the policy in training: the budget that methods are compared at."""
     config = load_yaml(run / "config.yaml")
     batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
-    return int(steps * batch * load_method(method)[1].needs.policy_passes)
+    return int(steps * batch * load_method(config["method"])[1].needs.policy_passes)
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
     """Write the records sorted; the file is complete or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(sorted(records, key=lambda r: (r["method"], r["seed"])), indent=1) + "\n")
+    aside.write_text(json.dumps(sorted(records, key=key), indent=1) + "\n")
     os.replace(aside, path)
 
 

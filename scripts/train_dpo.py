@@ -20,7 +20,7 @@ def main() -> None:
     #   config = dataclasses.replace(config, learning_rate=2e-5, rank=32)
     trainer = DPOTrainer(config)
 
-    # To change the method, subclass the trainer: compute_loss(batch) is all of Diffusion-DPO, and
+    # To change the method, subclass the trainer: loss(errors) is all of Diffusion-DPO, and
     # diffalign.trainers.dpo.preference_loss the objective as a function of tensors.
     trainer.train()
 
