@@ -19,6 +19,7 @@ COMMANDS = {
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
     "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
     "pairs": ("diffalign.app.pairs:main", "make preference pairs of a model's own samples, chosen by rewards"),
+    "difficulty": ("diffalign.app.difficulty:main", "sort pairs from easy to hard and keep the easy ones"),
     "iterate": ("diffalign.app.iterate:main", "rounds of drawing, scoring and training, each on the last one's model"),
     "rewards": ("diffalign.app.rewards:main", "list the rewards, and show what each measures and how it is hacked"),
     "score": ("diffalign.app.score:main", "score images by rewards, to JSONL or CSV"),
