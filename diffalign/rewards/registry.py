@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from diffalign.errors import UserError, did_you_mean
-from diffalign.rewards.base import FunctionReward, Reward
+from diffalign.rewards.base import FunctionReward, Reward, RewardCard
 
 GROUP = "diffalign.rewards"
 """Entry-point group through which other packages offer rewards."""
@@ -24,12 +24,12 @@ _FORMS = (
 )
 _BUILT_IN: dict[str, str | Callable[..., Any]] = {
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
-    "imagereward": "diffalign.rewards.imagereward:ImageReward",
-    "jpeg_compressibility": "diffalign.rewards.jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "diffalign.rewards.jpeg:JpegIncompressibility",
     "clipscore": "diffalign.rewards.clipscore:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "imagereward": "diffalign.rewards.imagereward:ImageReward",
+    "jpeg_compressibility": "diffalign.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "diffalign.rewards.jpeg:JpegIncompressibility",
     "pickscore": "diffalign.rewards.clip:PickScore",
     "remote": "diffalign.rewards.remote.client:RemoteReward",
     "shapes-aesthetic": "diffalign.rewards.aesthetic:ShapesAesthetic",
@@ -62,6 +62,31 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_registered, *entry_points(group=GROUP).names})
 
 
+def card(name: str) -> RewardCard:
+    """What is known about a reward without loading its model; only its module is imported.
+
+    Raises:
+        UserError: there is no reward of this name.
+    """
+    target = _find(_named(name) or name)
+    if inspect.isclass(target) and issubclass(target, Reward):
+        return target.card(name)
+    return RewardCard(name, (inspect.getdoc(target) or "").partition("\n")[0])
+
+
+def cards() -> list[RewardCard]:
+    """The cards of all :func:`names`; one that cannot be imported says so, since it is another package's matter."""
+    found = []
+    for name in names():
+        try:
+            found.append(card(name))
+        except Exception as error:
+            if name in _BUILT_IN:
+                raise
+            found.append(RewardCard(name, f"cannot be imported: {type(error).__name__}: {error}"))
+    return found
+
+
 def load_reward(reward: str | Reward | Callable[..., Any], /, **options: Any) -> Reward:
     """Make a reward ready; its model loads with the first images.
 
@@ -89,10 +114,11 @@ def load_reward(reward: str | Reward | Callable[..., Any], /, **options: Any) ->
 def _named(name: str) -> str | Callable[..., Any] | None:
     if name in _BUILT_IN or name in _registered:
         return _BUILT_IN.get(name) or _registered[name]
-    for point in entry_points(group=GROUP, name=name):
-        loaded: Callable[..., Any] = point.load()
-        return loaded
-    return None
+    points = list(entry_points(group=GROUP, name=name))
+    if len(points) > 1:
+        places = ", ".join(f"{point.value} ({point.dist.name if point.dist else 'unknown'})" for point in points)
+        raise UserError(f"several packages offer a reward {name!r}: {places}. Name it by its module:class instead.")
+    return f"{points[0].module}:{points[0].attr}" if points else None
 
 
 def _find(target: str | Callable[..., Any] | None) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -97,15 +98,56 @@ def test_registered_names(registered: None) -> None:
         register("a:b", dark)
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """As if packages offered these rewards."""
+    points = [EntryPoint(name.rstrip("_"), value, module.GROUP) for name, value in values.items()]
+    monkeypatch.setattr(module, "entry_points", lambda **params: EntryPoints(points).select(**params))
+
+
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("theirs", "diffalign.rewards.shapes:ShapesAnnotator", module.GROUP)
-
-    def entry_points(**params: str) -> EntryPoints:
-        return EntryPoints([point]).select(**params)
-
-    monkeypatch.setattr(module, "entry_points", entry_points)
-    assert "theirs" in module.names()
+    installed(monkeypatch, theirs="diffalign.rewards.shapes:ShapesAnnotator", broken="no.such.module:Thing")
+    assert {"theirs", "broken"} <= set(module.names())
     assert load_reward("theirs").name == "shapes-annotator"
+    with pytest.raises(UserError, match=r"no module 'no\.such\.module'"):
+        load_reward("broken")
+    installed(monkeypatch, twice="a:B", twice_="c:D")
+    with pytest.raises(UserError, match=r"several packages offer a reward 'twice': a:B .*, c:D"):
+        load_reward("twice")
+
+
+def test_other_packages_are_imported_only_when_named(tmp_path: Path) -> None:
+    """In a process of its own, with two packages installed that offer rewards."""
+    for name in ("one", "two"):
+        (tmp_path / f"reward_{name}.py").write_text(f"def {name}(images, prompts, metadata):\n    'Says {name}.'\n")
+        info = tmp_path / f"reward_{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: reward-{name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[diffalign.rewards]\n{name} = reward_{name}:{name}\n")
+    code = (
+        "import sys; from diffalign.rewards import load_reward, registry; "
+        "assert {'one', 'two'} <= set(registry.names()); assert load_reward('one').summary == 'Says one.'; "
+        "assert 'reward_one' in sys.modules and 'reward_two' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)
+
+
+def test_cards_need_no_model(monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a reward was made")
+
+    monkeypatch.setattr(Reward, "__new__", refuse)
+    register("night", dark)
+    installed(monkeypatch, broken="no.such.module:Thing")
+    found = {card.name: card for card in module.cards()}
+    assert sorted(found) == module.names()
+    assert found["pickscore"].differentiable and found["pickscore"].typical == (15.0, 28.0)
+    assert not found["shapes-checker"].differentiable
+    assert found["night"].summary == ""
+    assert found["broken"].summary.startswith("cannot be imported: UserError: there is no module 'no.such.module'")
+    with pytest.raises(UserError, match="Did you mean 'pickscore'"):
+        module.card("pickscor")
+    assert module.card("diffalign.rewards.shapes:ShapesChecker").name == "diffalign.rewards.shapes:ShapesChecker"
 
 
 def test_a_name_takes_a_checkpoint(registered: None) -> None:
