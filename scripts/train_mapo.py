@@ -1,4 +1,4 @@
-"""Align a text-to-image model with MaPO: preference pairs, no reference model. Copy this file and change what you like.
+"""Align a text-to-image model with MaPO on preference pairs, without a reference model. Copy and change this file.
 
 python scripts/train_mapo.py --config shapes-mapo
 accelerate launch scripts/train_mapo.py --config sdxl-mapo-1x24gb --dataset_name PAIRS --output_dir runs/mine
@@ -17,7 +17,7 @@ def main() -> None:
     config = parse_args(MaPOConfig, description=__doc__)
     trainer = MaPOTrainer(config)
 
-    # To change the objective, subclass the trainer: loss(errors) is given the error of each image of a pair and returns
+    # To change the objective, subclass the trainer: loss(errors) takes the errors of both images of a pair and returns
     # the loss of each pair. diffalign.trainers.mapo.mapo_loss is the objective as a function of tensors.
     trainer.train()
 
