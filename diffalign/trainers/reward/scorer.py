@@ -96,7 +96,7 @@ def make_encoder(config: RewardTrainingConfig) -> TransformersEncoder:
             f"the model takes {clip_config.vision_config.image_size} pixels but its processor makes {preprocess.crop}"
         )
     tokenizer = load_tokenizer(processor, clip_config.text_config.vocab_size)
-    return TransformersEncoder(CLIPModel(clip_config), preprocess, tokenizer, "longest")
+    return TransformersEncoder(CLIPModel(clip_config).requires_grad_(False), preprocess, tokenizer, "longest")
 
 
 def _change(config: CLIPConfig, name: str, value: Any) -> None:

@@ -90,8 +90,16 @@ class PreferenceBatches(Batches[PreferenceBatch]):
     def stream(self, start_step: int, stop_step: int) -> Iterator[PreferenceBatch]:
         config, rank = self.trainer.config, self.trainer.accelerator.process_index
         sampler = StepSampler(self.order, start_step=start_step, stop_step=stop_step, rank=rank)
-        workers = config.dataloader_num_workers
-        loader = iter(DataLoader(self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+        loader = iter(
+            DataLoader(
+                self.pairs,
+                batch_sampler=sampler,
+                num_workers=config.dataloader_num_workers,
+                collate_fn=collate,
+                # Otherwise it draws from the global stream, of which the dropout of the first step is made.
+                generator=torch.Generator(),
+            )
+        )
         for step in range(start_step, stop_step):
             total = self.weights(indices_of_step(self.order, step)).sum()
             for _ in range(config.gradient_accumulation_steps):
