@@ -90,6 +90,9 @@ class SampleBatches(Batches[Batch]):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
+            # Otherwise it draws from the global stream, of which the dropout of the first step is made: a resumed
+            # run would differ.
+            generator=torch.Generator(),
         )
         accumulation = self.config.gradient_accumulation_steps
         for index, items in enumerate(loader):
