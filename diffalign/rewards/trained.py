@@ -78,7 +78,8 @@ class TrainedReward(CLIPReward):
 
     name = "trained"
     summary = "which of two pictures those would prefer whose choices it was trained on"
-    hacks = ("knows only what its pairs show: judge with another reward than the one trained on",)
+    licence = "that of its CLIP"
+    hacks = ("It knows only what its pairs show: judge by another reward than the one trained on.",)
     default_checkpoint = ""
 
     def __init__(self, checkpoint: str | None = None, **options: Any) -> None:
