@@ -79,9 +79,45 @@ def step_time_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reward_accuracy_table(result: dict[str, Any]) -> str:
+    """The table of ``benchmarks/reward_accuracy.py``."""
+    judges = {
+        "utility of the user who chose, without noise": result["utility_of_the_user"],
+        "mean utility of all annotators": result["mean_utility"],
+        "checker alone": result["checker"],
+        "`shapes-clip`, bundled": result["shapes_clip"],
+        **{f"`train-reward` from scratch, seed {r['seed']}": r for r in result["trained"]},
+    }
+    lines = [
+        "## Rewards on held-out pairs",
+        "",
+        f"Share of the {result['pairs'] - result['ties']} held-out pairs of the shapes world in which the preferred "
+        f"picture scores higher, with its 95 % Wilson interval ({result['ties']} ties left out; equal scores count "
+        f"half), and rank correlation with the checker over the {result['images']} pictures. The upper rows are what "
+        "can be reached: the annotators' own utilities, without the noise of their choices.",
+        "",
+        "| | accuracy | rank correlation with the checker | best step |",
+        "|---|---|---|---|",
+    ]
+    for name, r in judges.items():
+        accuracy = interval([r["rate"], r["low"], r["high"]])
+        lines.append(f"| {name} | {accuracy} | {r['rank_correlation_with_checker']:.3f} | {r.get('best_step', '')} |")
+    lines += ["", f"```\n{result['command']}\n```", "", f"Machine: {result['machine']}. " + versions(result)]
+    return "\n".join(lines) + "\n"
+
+
+def versions(result: dict[str, Any]) -> str:
+    """library version, library version."""
+    return ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."
+
+
 def main() -> None:
     parts = [HEAD]
-    for name, table in (("shapes_methods", methods_table), ("step_time", step_time_table)):
+    for name, table in (
+        ("shapes_methods", methods_table),
+        ("step_time", step_time_table),
+        ("reward_accuracy", reward_accuracy_table),
+    ):
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(table(json.loads(path.read_text())))
