@@ -141,6 +141,8 @@ def rollout(
     """
     device = family.device
     x = (starting_noise(seeds, latent_shape) if start is None else start.float()).to(device)
+    if keep:
+        x = x.to(storage).float()
     kept: dict[str, list[Tensor]] = {"x": [], "x_next": [], "log_probs": []}
     for i in range(len(steps)):
         index = torch.full((len(x),), i)
