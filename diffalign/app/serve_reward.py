@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.app import console
 from diffalign.config import field, parse_args
@@ -29,7 +29,7 @@ class ServeConfig:
     A training run or `diffalign score` uses one as remote:http://127.0.0.1:8000/NAME.
     """
 
-    rewards: list[str] = field(
+    rewards: list[Any] = field(
         [], help="Rewards to serve: names, checkpoints as NAME:CHECKPOINT, or path/to/file.py:Class; each may be "
         "renamed, NAME=REWARD."
     )  # fmt: skip
@@ -106,16 +106,18 @@ def load_served(config: ServeConfig) -> dict[str, Reward]:
         UserError: no such reward, or two of one name.
     """
     from diffalign.rewards import load_reward
+    from diffalign.rewards.combine import RewardSpec
 
     served: dict[str, Reward] = {}
-    for text in config.rewards:
-        name, equals, spec = text.partition("=")
-        if not equals or not _NAME.fullmatch(name):
-            name, spec = "", text
-        reward = load_reward(spec, device=config.device, dtype=config.dtype, batch_size=config.batch_size)
-        name = name or reward.name
+    for index, item in enumerate(config.rewards):
+        spec = RewardSpec.of(item, f"rewards[{index}]")
+        given, equals, rest = spec.reward.partition("=")
+        renamed = bool(equals) and _NAME.fullmatch(given) is not None
+        options = {"device": config.device, "dtype": config.dtype, "batch_size": config.batch_size, **spec.options}
+        reward = load_reward(rest if renamed else spec.reward, **options)
+        name = spec.name or (given if renamed else reward.name)
         if name in served:
-            raise UserError(f"two rewards are called {name!r}: rename one, as in OTHER={spec}")
+            raise UserError(f"two rewards are called {name!r}: rename one, as in OTHER={spec.reward}")
         served[name] = reward
     return served
 

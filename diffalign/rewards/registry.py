@@ -87,6 +87,28 @@ def cards() -> list[RewardCard]:
     return found
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a reward is part of diffalign."""
+    return name in _BUILT_IN
+
+
+def find_card(reward: str) -> RewardCard:
+    """What there is to know about a reward, without making or loading it.
+
+    Args:
+        reward: any form that :func:`load_reward` takes as text.
+
+    Raises:
+        UserError: nothing of this; says what is near.
+    """
+    name = reward.partition(":")[0]
+    found = _named(name)
+    target = _find(reward if found is None else found)
+    if inspect.isclass(target) and issubclass(target, Reward):
+        return target.card(name if found is not None else "")
+    return RewardCard(name if found is not None else reward, (target.__doc__ or "").strip().partition("\n")[0])
+
+
 def load_reward(reward: str | Reward | Callable[..., Any], /, **options: Any) -> Reward:
     """Make a reward ready; its model loads with the first images.
 
@@ -197,7 +219,7 @@ def _make(target: Callable[..., Any], name: str, options: Mapping[str, Any]) -> 
 
 
 def _wrap(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -> FunctionReward:
-    known = ("device", "dtype", "batch_size")
+    known = ("device", "dtype", "batch_size", "offload")
     unknown = [key for key in options if key not in known]
     if unknown:
         raise UserError(f"the reward {name} is a function, which has no option {unknown[0]!r}")

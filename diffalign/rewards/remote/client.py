@@ -82,6 +82,7 @@ class RemoteReward(Reward):
 
     name = "remote"
     summary = "what a reward server says: remote:http://host:port/NAME"
+    licence = "that of the reward it asks for"
     takes = "pil"
     version: Any = _Served("1")
     uses_prompt: Any = _Served(True)
