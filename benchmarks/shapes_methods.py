@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,14 @@ def prepare(method: str, data: str, runs: Path) -> list[str]:
     return ["--dataset_name", str(folder)]
 
 
-def measure(method: str, seed: int, data: str, runs: Path, prompts: list[str], base: Judgement) -> dict[str, Any]:
-    """Train one method with one seed, draw, judge; returns the record."""
+def measure(
+    method: str, seed: int, data: str, runs: Path, prompts: list[str], base: Judgement, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Train one method with one seed (``more`` are flags of training), draw, judge; returns the record."""
     run = runs / (f"{method}-{seed}" if data == "shapes-pairs" else f"{method}-{Path(data).stem}-{seed}")
     command = [sys.executable, "-m", "diffalign", "train", "--config", f"shapes-{method}"]
     command += [*prepare(method, data, runs), "--seed", str(seed)]
-    command += ["--output_dir", str(run), "--overwrite_output_dir"]
+    command += ["--output_dir", str(run), "--overwrite_output_dir", *more]
     start = time.monotonic()
     # wait4 tells of this process alone; getrusage would give the largest of all that ran before.
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)

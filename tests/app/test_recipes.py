@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,8 @@ from diffalign import cli, recipes
 from diffalign.app.recipes import copy_recipe
 from diffalign.config import from_dict, load_yaml
 from diffalign.errors import UserError
+from diffalign.making.iterate import IterateConfig
+from diffalign.making.pairs import PairsConfig
 from diffalign.trainers import load_method
 from diffalign.trainers.reward.config import RewardTrainingConfig
 
@@ -19,10 +22,16 @@ def method_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_fits_its_method(name: str) -> None:
-    method = method_of(name)
-    config_class = RewardTrainingConfig if method == "reward" else load_method(method)[0]
-    given = {"output_dir": "out", "dataset_name": "pairs"}
-    config = from_dict(config_class, {**given, **load_yaml(recipes.find(name))}, name)
+    settings, given = load_yaml(recipes.find(name)), {"output_dir": "out", "dataset_name": "pairs"}
+    config_class: type[Any]
+    if "pairs-making" in name:
+        config_class, given = PairsConfig, {}
+    elif "iterated" in name:
+        config_class, given = IterateConfig, {}
+    else:
+        method = method_of(name)
+        config_class = RewardTrainingConfig if method == "reward" else load_method(method)[0]
+    config = from_dict(config_class, {**given, **settings}, name)
     assert config.pretrained_model_name_or_path
 
 
