@@ -60,7 +60,7 @@ def all_cards() -> tuple[list[RewardCard], list[str]]:
         except Exception as error:
             if registry.is_built_in(name):
                 raise
-            problems.append(f"{name} cannot be imported: {type(error).__name__}: {error}")
+            problems.append(f"{name} cannot be used: {type(error).__name__}: {error}")
     return cards, problems
 
 
