@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _open_tar(files: Sequence[Path]) -> Table:
     names = [str(file) for file in files]
     try:
         table = _quietly(lambda: datasets.load_dataset("webdataset", data_files={"train": names}, split="train"))
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetGenerationError) as error:
         raise _damaged(files[0] if len(files) == 1 else files[0].parent, error) from error
     return ArrowTable(names[0] if len(names) == 1 else str(files[0].parent), _plain_webdataset(table))
 

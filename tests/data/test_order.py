@@ -118,3 +118,44 @@ def test_in_sequence_every_epoch_has_the_order_of_the_data() -> None:
     assert shared.micro_batch(1, 0, 0) + shared.micro_batch(1, 0, 1) == [4, 5, 6, 7]
     buckets = SampleOrder([0, 1, 0, 1, 1, 0], seed=3, train_batch_size=2, sequential=True)
     assert [buckets.micro_batch(step, 0, 0) for step in range(2)] == [[0, 2], [1, 3]]
+
+
+WEIGHTS = torch.tensor([4.0, 0.25, 0.25, 0.25, 4.0, 0.25, 0.25, 0.25, 0.25, 0.25])
+
+
+def weighted(factors, buckets=(0,) * 10, seed=3, weights=WEIGHTS):
+    size, accumulation, world = factors
+    return SampleOrder(
+        buckets,
+        seed=seed,
+        train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        world_size=world,
+        weights=weights,
+    )
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_weighted_draws_are_the_same_set_for_every_factorisation(factors):
+    for step in range(12):
+        expected = step_pairs(weighted((8, 1, 1)), step)
+        assert Counter(step_pairs(weighted(factors), step)) == Counter(expected)
+
+
+@pytest.mark.parametrize("buckets", [(0,) * 10, (0, 0, 0, 0, 0, 1, 1, 1, 1, 1)])
+def test_weighted_draws_follow_the_weights(buckets):
+    drawn = Counter(sample for step in range(600) for sample in step_pairs(weighted((2, 2, 2), buckets), step))
+    share = (drawn[0] + drawn[4]) / drawn.total()
+    assert share == pytest.approx(0.8, abs=0.02)
+    assert drawn[0] / drawn.total() == pytest.approx(0.4, abs=0.02) and min(drawn.values()) > 0
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    which = weighted((4, 1, 1), weights=torch.tensor([1.0] * 9 + [0.0]))
+    assert 9 not in {sample for step in range(100) for sample in step_pairs(which, step)}
+
+
+def test_resumed_weighted_draws_go_on():
+    whole = list(OrderSampler(weighted((2, 2, 2)), start_step=0, stop_step=11, rank=1))
+    rest = list(OrderSampler(weighted((2, 2, 2)), start_step=7, stop_step=11, rank=1))
+    assert rest == whole[14:]
