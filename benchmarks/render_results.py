@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent
@@ -18,10 +19,20 @@ Everything on this page is written by `python benchmarks/render_results.py` from
 
 
 def methods_table(records: list[dict[str, Any]]) -> str:
-    """The table of ``benchmarks/shapes_methods.py``."""
+    """The tables of ``benchmarks/shapes_methods.py``: a row for each method, then one for each run."""
     first = records[0]
     lines = [
         "## Methods on the shapes world",
+        "",
+        "Mean over the seeds, and in brackets the lowest and the highest. Step time and memory are of the training "
+        "run on the machine below.",
+        "",
+        "| method | pairs | seeds | checker | win rate by checker | win rate by annotators | policy passes | a step | "
+        "peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *summary_rows(records),
+        "",
+        "Each run:",
         "",
         f"{first['images']} held-out prompts, one image each and model, same seeds for both ({first['sampling']}). "
         "Win rate of the aligned model against the base, ties half, with its 95 % Wilson interval: by the checker "
@@ -33,12 +44,12 @@ def methods_table(records: list[dict[str, Any]]) -> str:
     ]
     for r in records:
         lines.append(
-            f"| {r['method']} | {r['seed']} | {r['base_checker_score']:.3f} | {r['checker_score']:.3f} | "
+            f"| {label(r)} | {r['seed']} | {r['base_checker_score']:.3f} | {r['checker_score']:.3f} | "
             f"{interval(r['win_rate_checker'])} | {interval(r['win_rate_annotator'])} | {r['steps']} | "
             f"{r['policy_forward_passes']:,} | {r['train_seconds']:.0f} s | {r['step_seconds']:.2f} s | "
             f"{r['peak_memory_mib']:,} MiB |"
         )
-    methods = " ".join(dict.fromkeys(r["method"] for r in records))
+    methods = " ".join(dict.fromkeys(r["method"] for r in records if r.get("data", "shapes-pairs") == "shapes-pairs"))
     seeds = " ".join(str(s) for s in dict.fromkeys(r["seed"] for r in records))
     lines += [
         "",
@@ -50,6 +61,41 @@ def methods_table(records: list[dict[str, Any]]) -> str:
         f"Machine: {first['machine']}. " + ", ".join(f"{k} {v}" for k, v in first["versions"].items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def summary_rows(records: list[dict[str, Any]]) -> list[str]:
+    """One row for each method and its pairs, in the order of the records."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault((record["method"], record.get("data", "shapes-pairs")), []).append(record)
+    lines = []
+    for (method, data), group in runs.items():
+        checker, by_checker, by_annotators = (
+            spread([value(r) for r in group])
+            for value in (
+                lambda r: r["checker_score"],
+                lambda r: r["win_rate_checker"][0],
+                lambda r: r["win_rate_annotator"][0],
+            )
+        )
+        step, memory = (mean(r[name] for r in group) for name in ("step_seconds", "peak_memory_mib"))
+        passes = mean(r["policy_forward_passes"] for r in group)
+        lines.append(
+            f"| {method} | {Path(data).name} | {len(group)} | {checker} | {by_checker} | {by_annotators} | "
+            f"{passes:,.0f} | {step:.2f} s | {memory:,.0f} MiB |"
+        )
+    return lines
+
+
+def label(record: dict[str, Any]) -> str:
+    """The method, and its pairs where they are not the bundled ones."""
+    data = record.get("data", "shapes-pairs")
+    return record["method"] if data == "shapes-pairs" else f"{record['method']} on {Path(data).name}"
+
+
+def spread(values: list[float]) -> str:
+    """mean [lowest, highest]"""
+    return interval([mean(values), min(values), max(values)])
 
 
 def interval(values: list[float]) -> str:

@@ -66,10 +66,10 @@ class BDPOTrainer(LogitTrainer[BDPOConfig]):
     """Trains with bounded DPO."""
 
     method = "bdpo"
-    paper = """@article{cho2025rethinking,
+    paper = """@inproceedings{cho2025rethinking,
   title={Rethinking {DPO}: The Role of Rejected Responses in Preference Misalignment},
-  author={Cho, Jay Hyeon and others},
-  journal={arXiv preprint arXiv:2506.12725},
+  author={Cho, Jae Hyeon and Oh, JunHyeok and Kim, Myunsoo and Lee, Byung-Jun},
+  booktitle={Findings of EMNLP},
   year={2025}
 }"""
 

@@ -58,7 +58,7 @@ class DMPOTrainer(LogitTrainer[DMPOConfig]):
     method = "dmpo"
     paper = """@article{li2025divergence,
   title={Divergence Minimization Preference Optimization for Diffusion Model Alignment},
-  author={Li, Binxu and others},
+  author={Li, Binxu and Xu, Minkai and Han, Jiaqi and Dang, Meihua and Ermon, Stefano},
   journal={arXiv preprint arXiv:2507.07510},
   year={2025}
 }"""

@@ -103,8 +103,9 @@ def both_orders(loss: Callable[[PairErrors], Tensor], errors: PairErrors) -> Ten
 def safeguard_scale(residual_w: Tensor, residual_l: Tensor, mu: float, per_pair: bool = False) -> Tensor:
     """By how much to shrink the rejected image's gradient so that, to first order, the chosen error does not rise.
 
-    Fu et al., "Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", 2025: with g the
-    gradient of the mean squared error with respect to the predictions, which is proportional to the residual,
+    Fu et al., "Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", 2025, arXiv
+    2511.03317. With g the gradient of the mean squared error with respect to the predictions, which is proportional to
+    the residual,
 
         lambda = 1 where <g_w, g_l> <= 0, else clip((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1)
 
