@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from diffalign.app import console
 from diffalign.config import parse_args
@@ -13,8 +12,7 @@ def main(argv: Sequence[str]) -> int:
     """Score images by rewards."""
     from diffalign.evaluation.scoring import ScoreConfig, run_score
 
-    images = list(takewhile(lambda word: not word.startswith("-"), argv))
-    words = [*(["--images", *images] if images else []), *argv[len(images) :]]
+    words = ["--images", *argv] if argv and not argv[0].startswith("-") else argv
     config = parse_args(ScoreConfig, words, prog="diffalign score")
     console.set_up()
     run_score(config)

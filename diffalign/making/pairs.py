@@ -15,7 +15,6 @@ import numpy as np
 from accelerate import PartialState
 
 from diffalign.config import field, to_dict
-from diffalign.config.files import parse_yaml
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.data.selection import Choice, Point, agreed, all_pairs, capped, pair_at, wide_enough
 from diffalign.data.write import PairRow, write_pairs
@@ -66,9 +65,8 @@ class SelectionConfig:
 
     def load_rewards(self, cache: Path) -> RewardSet:
         """The rewards of the config, which remember in the folder ``cache`` what they scored."""
-        rewards = [parse_yaml(r, "rewards") if isinstance(r, str) and r.startswith("{") else r for r in self.rewards]
         return load_rewards(
-            rewards,
+            self.rewards,
             mode=self.combine,  # type: ignore[arg-type]
             policy=FailurePolicy(self.on_failure),
             cache=ScoreCache(cache),

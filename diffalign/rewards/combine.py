@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config.fields import from_dict
+from diffalign.config.files import parse_yaml
 from diffalign.errors import UserError
 from diffalign.rewards.base import Reward
 from diffalign.rewards.ensembles import Mode
@@ -51,9 +52,15 @@ class RewardSpec:
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | RewardSpec, where: str = "rewards") -> RewardSpec:
-        """From an item of the list. Raises UserError for unknown keys, with the nearest known one."""
+        """From an item of the list; a text in braces, as on a command line, is read as YAML.
+
+        Raises:
+            UserError: an unknown key, with the nearest known one, or no reward.
+        """
         if isinstance(value, RewardSpec):
             return value
+        if isinstance(value, str) and value.startswith("{"):
+            value = parse_yaml(value, where)
         if isinstance(value, str):
             return cls(value)
         if not isinstance(value, Mapping):

@@ -15,19 +15,12 @@ def test_images_stand_before_the_flags(
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Image.new("RGB", (64, 64), "white").save(f"{name}.png")
-    words = [
-        "--reward",
-        "shapes-checker",
-        "jpeg_compressibility",
-        "--prompts",
-        "a red circle",
-        "--out",
-        "scores.jsonl",
-    ]
+    words = ["--reward", "shapes-checker", "{reward: jpeg_compressibility, name: small}"]
+    words += ["--prompts", "a red circle", "--out", "s.jsonl"]
     assert cli.main(["score", "a.png", "b.png", *words, "--device", "cpu"]) == 0
     rows = [json.loads(line) for line in Path("s.jsonl").read_text().splitlines()]
     assert [row["file"] for row in rows] == ["a.png", "b.png"]
-    assert rows[0]["scores"].keys() == {"shapes-checker", "jpeg_compressibility"}
+    assert rows[0]["scores"].keys() == {"shapes-checker", "small"}
     assert "shapes-checker: mean" in capsys.readouterr().out
     assert cli.main(["score", "--images", "a.png", "b.png", *words, "--batch-size", "1"]) == 0
 
