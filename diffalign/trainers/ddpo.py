@@ -102,6 +102,11 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
             loss = loss + config.kl_beta * (batch.weight * kl).mean()
         return loss, report
 
+    def health(self, batch: OnlineBatch) -> dict[str, float]:
+        with self.policy.reference() as reference:
+            frozen = self._step(reference, batch)
+        return {"kl_to_reference": float(self._step(self.policy.denoiser, batch).kl(frozen).mean())}
+
     def _step(self, denoiser: torch.nn.Module, batch: OnlineBatch) -> GaussianStep:
         timesteps = self.steps.timesteps[batch.index].to(batch.x.device)
         model_pred = guided_predict(self.family, denoiser, batch.x, timesteps, batch.given)

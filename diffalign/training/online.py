@@ -101,6 +101,7 @@ class OnlineBatches(Batches[OnlineBatch]):
         self.samples = len(trainer.prompts)
         self.order = GroupOrder(self.samples, trainer.config.seed, trainer.arithmetic)
         self.current: Rollout | None = None
+        self.first: OnlineBatch | None = None
 
     def stream(self, start_step: int, stop_step: int) -> Iterator[OnlineBatch]:
         arithmetic = self.trainer.arithmetic
@@ -116,7 +117,10 @@ class OnlineBatches(Batches[OnlineBatch]):
         arithmetic = self.trainer.arithmetic
         for rows in self.order.share(drawn.draws, update).split(arithmetic.micro_batch):
             for use in range(arithmetic.passes_per_image):
-                yield self.trainer.batch(drawn, rows, (drawn.number, epoch, use), fresh=fresh)
+                batch = self.trainer.batch(drawn, rows, (drawn.number, epoch, use), fresh=fresh)
+                if fresh and use == 0 and rows[0] == 0:
+                    self.first = batch
+                yield batch
 
 
 class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
@@ -242,7 +246,14 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
         metrics = super().training_step(stream)
         if (self.step - 1) % self.arithmetic.steps_per_rollout == 0:
             self._check_ratio(metrics.get("log_ratio_error", 0.0))
+            assert self.batches.first is not None
+            with self.accelerator.autocast(), torch.no_grad():
+                self.stats |= self.health(self.batches.first)
         return {**metrics, **self.stats}
+
+    def health(self, batch: OnlineBatch) -> dict[str, float]:
+        """What is looked at once a rollout, on its first micro-batch; on the main process it is logged."""
+        return {}
 
     def _check_ratio(self, error: float) -> None:
         if not error <= _RATIO_BOUND:
