@@ -33,13 +33,13 @@ def main(argv: Sequence[str]) -> int:
     show.add_argument("--json", action="store_true", help="print the card as JSON")
     args = parser.parse_args(list(argv))
 
-    from diffalign.rewards.registry import find_card
+    from diffalign.rewards import registry
 
     if args.command == "show":
-        card = find_card(args.name)
+        card = registry.card(args.name)
         print(json.dumps(asdict(card), indent=2) if args.json else description(card))
         return 0
-    cards, problems = all_cards()
+    cards, problems = registry.cards()
     if args.command == "list" and args.json:
         print(json.dumps([asdict(card) for card in cards], indent=2))
     else:
@@ -47,21 +47,6 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         print(problem)
     return 0
-
-
-def all_cards() -> tuple[list[RewardCard], list[str]]:
-    """The cards of all rewards that have a name, and what is wrong with those of installed packages that have none."""
-    from diffalign.rewards import registry
-
-    cards, problems = [], []
-    for name in registry.names():
-        try:
-            cards.append(registry.find_card(name))
-        except Exception as error:
-            if registry.is_built_in(name):
-                raise
-            problems.append(f"{name} cannot be used: {type(error).__name__}: {error}")
-    return cards, problems
 
 
 def table(cards: Sequence[RewardCard]) -> str:

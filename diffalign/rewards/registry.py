@@ -62,38 +62,8 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_registered, *entry_points(group=GROUP).names})
 
 
-def card(name: str) -> RewardCard:
-    """What is known about a reward without loading its model; only its module is imported.
-
-    Raises:
-        UserError: there is no reward of this name.
-    """
-    target = _find(_named(name) or name)
-    if inspect.isclass(target) and issubclass(target, Reward):
-        return target.card(name)
-    return RewardCard(name, (inspect.getdoc(target) or "").partition("\n")[0])
-
-
-def cards() -> list[RewardCard]:
-    """The cards of all :func:`names`; one that cannot be imported says so, since it is another package's matter."""
-    found = []
-    for name in names():
-        try:
-            found.append(card(name))
-        except Exception as error:
-            if name in _BUILT_IN:
-                raise
-            found.append(RewardCard(name, f"cannot be imported: {type(error).__name__}: {error}"))
-    return found
-
-
-def is_built_in(name: str) -> bool:
-    """Whether a reward is part of diffalign."""
-    return name in _BUILT_IN
-
-
-def find_card(reward: str) -> RewardCard:
-    """What there is to know about a reward, without making or loading it.
+def card(reward: str) -> RewardCard:
+    """What there is to know about a reward without making or loading it; only its module is imported.
 
     Args:
         reward: any form that :func:`load_reward` takes as text.
@@ -103,10 +73,23 @@ def find_card(reward: str) -> RewardCard:
     """
     name = reward.partition(":")[0]
     found = _named(name)
-    target = _find(reward if found is None else found)
+    target, name = (_find(reward), "") if found is None else (_find(found), name)
     if inspect.isclass(target) and issubclass(target, Reward):
-        return target.card(name if found is not None else "")
-    return RewardCard(name if found is not None else reward, (target.__doc__ or "").strip().partition("\n")[0])
+        return target.card(name)
+    return RewardCard(name or reward, (inspect.getdoc(target) or "").partition("\n")[0])
+
+
+def cards() -> tuple[list[RewardCard], list[str]]:
+    """The cards of all :func:`names`, and what is wrong with rewards of other packages that have none."""
+    found, problems = [], []
+    for name in names():
+        try:
+            found.append(card(name))
+        except Exception as error:
+            if name in _BUILT_IN:
+                raise
+            problems.append(f"{name} cannot be used: {type(error).__name__}: {error}")
+    return found, problems
 
 
 def load_reward(reward: str | Reward | Callable[..., Any], /, **options: Any) -> Reward:

@@ -37,7 +37,7 @@ def test_cards_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_card_says_how_it_is_hacked(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rewards", "show", "pickscore"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for hack in registry.find_card("pickscore").hacks:
+    for hack in registry.card("pickscore").hacks:
         assert hack in shown
     assert "usual mean 15 to 28" in shown and "needed" in shown
 

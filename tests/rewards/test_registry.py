@@ -139,15 +139,17 @@ def test_cards_need_no_model(monkeypatch: pytest.MonkeyPatch, registered: None) 
     monkeypatch.setattr(Reward, "__new__", refuse)
     register("night", dark)
     installed(monkeypatch, broken="no.such.module:Thing")
-    found = {card.name: card for card in module.cards()}
-    assert sorted(found) == module.names()
+    cards, problems = module.cards()
+    found = {card.name: card for card in cards}
+    assert sorted([*found, "broken"]) == module.names()
     assert found["pickscore"].differentiable and found["pickscore"].typical == (15.0, 28.0)
     assert not found["shapes-checker"].differentiable
     assert found["night"].summary == ""
-    assert found["broken"].summary.startswith("cannot be imported: UserError: there is no module 'no.such.module'")
+    assert problems[0].startswith("broken cannot be used: UserError: there is no module 'no.such.module'")
     with pytest.raises(UserError, match="Did you mean 'pickscore'"):
         module.card("pickscor")
-    assert module.card("diffalign.rewards.shapes:ShapesChecker").name == "diffalign.rewards.shapes:ShapesChecker"
+    assert module.card("diffalign.rewards.shapes:ShapesChecker").name == "shapes-checker"
+    assert module.card("pickscore:my/checkpoint") == found["pickscore"]
 
 
 def test_a_name_takes_a_checkpoint(registered: None) -> None:
