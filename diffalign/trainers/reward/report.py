@@ -131,12 +131,7 @@ def write_report(report: Mapping[str, Any], config: RewardTrainingConfig, folder
 def _card(report: Mapping[str, Any], config: RewardTrainingConfig, folder: Path) -> str:
     what = {"full": "all weights", "lora": f"a LoRA of rank {config.rank}, merged", "head": "a head on the embeddings"}
     start = "random weights of the shape of " if config.from_scratch else ""
-    ran, pairs, calibration = report["run"], report["pairs"], report["calibration"]
-    after = calibration["after" if calibration["applied"] else "before"]
-    low, high = report["heldout_accuracy_interval_over_prompts"]
-    with_ties = report["heldout_accuracy_with_ties"]
-    rows = "\n".join(f"| {name} | {version(name)} |" for name in _LIBRARIES)
-    resumed = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
+    ran = report["run"]
     return f"""
 # {folder.name}
 
@@ -156,7 +151,14 @@ from diffalign.rewards import load_reward
 reward = load_reward("trained:{folder.name}")
 scores = reward(images, prompts).rewards
 ```
+{_accuracy_section(report)}{_calibration_section(report["calibration"])}{_training_section(config)}"""
 
+
+def _accuracy_section(report: Mapping[str, Any]) -> str:
+    low, high = report["heldout_accuracy_interval_over_prompts"]
+    pairs, with_ties = report["pairs"], report["heldout_accuracy_with_ties"]
+    counts = [f"{pairs[name]['pairs']} ({pairs[name]['prompts']})" for name in ("train", "validation", "heldout")]
+    return f"""
 ## Accuracy on held-out prompts
 
 | | |
@@ -169,10 +171,13 @@ scores = reward(images, prompts).rewards
 {with_ties["accuracy"]:.3f} |
 | validation prompts, by which the step was chosen | {_text(report["validation_accuracy"])} |
 {_users(report["heldout_accuracy_by_user"])}
-Pairs (prompts): {pairs["train"]["pairs"]} ({pairs["train"]["prompts"]}) to train on, \
-{pairs["validation"]["pairs"]} ({pairs["validation"]["prompts"]}) to choose by, \
-{pairs["heldout"]["pairs"]} ({pairs["heldout"]["prompts"]}) held out. No prompt is in two parts.
+Pairs (prompts): {counts[0]} to train on, {counts[1]} to choose by, {counts[2]} held out. No prompt is in two parts.
+"""
 
+
+def _calibration_section(calibration: Mapping[str, Any]) -> str:
+    after = calibration["after" if calibration["applied"] else "before"]
+    return f"""
 ## Calibration on held-out prompts
 
 Temperature {calibration["temperature"]:.3f}, fitted on the validation part, \
@@ -183,13 +188,19 @@ Expected calibration error {after["expected_calibration_error"]:.3f}, negative l
 | predicted | pairs | mean prediction | preferred |
 |---|---|---|---|
 {_bins(after["reliability"])}
+"""
 
+
+def _training_section(config: RewardTrainingConfig) -> str:
+    rows = "\n".join(f"| {name} | {version(name)} |" for name in _LIBRARIES)
+    anew = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
+    return f"""
 ## Training
 
 `config.yaml` holds every setting, `metrics.jsonl` one row a step, `report.json` these numbers. The same run again:
 
 ```
-diffalign train-reward --config config.yaml --output_dir NEW_FOLDER{resumed}
+diffalign train-reward --config config.yaml --output_dir NEW_FOLDER{anew}
 ```
 
 | library | version |
