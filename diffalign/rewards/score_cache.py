@@ -83,6 +83,8 @@ class ScoreCache:
         """A connection for one use: one kept open must not be shared by processes or threads."""
         try:
             with closing(sqlite3.connect(self.path, timeout=_WAIT_SECONDS)) as connection, connection:
+                # Safe against a kill; only a power failure could damage the file, and then it is noticed.
+                connection.execute("PRAGMA synchronous = NORMAL")
                 yield connection
         except sqlite3.Error as error:
             raise UserError(
