@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,5 +79,6 @@ def test_equal_errors_cost_the_denoising_loss_and_ln_2_of_the_margin() -> None:
 
 @pytest.mark.parametrize("name", ["beta_mapo", "snr_value", "mapo_temperature"])
 def test_settings_that_cannot_be_are_refused(name: str) -> None:
+    setting: dict[str, Any] = {name: 0.0}
     with pytest.raises(UserError, match=f"{name} must be above 0"):
-        MaPOConfig(pretrained_model_name_or_path="m", output_dir="o", dataset_name="d", **{name: 0.0})
+        MaPOConfig(pretrained_model_name_or_path="m", output_dir="o", dataset_name="d", **setting)

@@ -86,7 +86,7 @@ def test_the_safeguard_changes_the_gradient_and_not_the_loss(pair_settings: Any)
         loss, report = trainer.compute_loss(batch)
         trainer.optimizer.zero_grad()
         loss.backward()
-        results[safeguard] = loss.item(), [p.grad.clone() for p in trainer.policy.parameters.values()]
+        results[safeguard] = loss.item(), [torch.as_tensor(p.grad).clone() for p in trainer.policy.parameters.values()]
     assert report["safeguard_lambda"] < 1, "shared noise makes the residuals of a pair alike"
     assert results["none"][0] == results["sdpo"][0]
     assert not all(torch.equal(a, b) for a, b in zip(results["none"][1], results["sdpo"][1], strict=True))
