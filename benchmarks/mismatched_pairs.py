@@ -7,8 +7,8 @@
 
 The chosen image of every bundled training pair stays; the rejected one is swapped for the chosen image of the pair
 half the set further on, wherever that has another prompt. So the rejected image is as good a picture as the chosen
-one, and what is wrong with it is that it does not fit: conditioned on the pair's prompt, it is off; on a caption of its
-own, it is not.
+one, and what is wrong with it is that it does not fit: conditioned on the pair's prompt, it is off; on a caption of
+its own, it is not.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffalign.data.readers import open_pairs
+from diffalign.data.readers import PairSource, open_pairs
 from diffalign.data.write import PairRow, image_bytes, write_pairs
 
 
 def mismatched() -> Iterator[PairRow]:
     """The rows, one for each bundled training pair."""
     pairs = open_pairs("shapes-pairs")
+    assert isinstance(pairs, PairSource)
     count = len(pairs)
     for index in range(count):
         pair, other = pairs[index], pairs[(index + count // 2) % count]
