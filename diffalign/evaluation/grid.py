@@ -17,7 +17,7 @@ from diffalign.evaluation.models import ModelSpec, unique_names
 from diffalign.evaluation.page import make_grid
 from diffalign.evaluation.sampling import DrawConfig, Drawer, cases_of, slug
 from diffalign.evaluation.stats import WinRate, win_rate
-from diffalign.rewards import Reward, load_reward
+from diffalign.rewards import Reward, guarded, load_reward
 
 __all__ = ["GridConfig", "GridResult", "make_grid", "run_grid"]
 
@@ -118,7 +118,8 @@ def _score(reward: Reward, folders: Mapping[str, SampleFolder], cases: Sequence[
             for start in range(0, len(cases), _IN_MEMORY):
                 chunk = cases[start : start + _IN_MEMORY]
                 images = [folder.image(case) for case in chunk]
-                parts.append(reward(images, [case.prompt for case in chunk]).rewards.double().cpu().numpy())
+                output = guarded(reward, images, [case.prompt for case in chunk])
+                parts.append(output.rewards.double().cpu().numpy())
             scores[model] = np.concatenate(parts)
     finally:
         reward.close()

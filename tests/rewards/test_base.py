@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -293,3 +295,85 @@ def test_the_type_of_weights_may_be_named() -> None:
     assert Red(dtype="fp32").identity == Red().identity != Red(dtype="fp16").identity
     with pytest.raises(UserError, match="dtype of the reward red is 'bf61'. Did you mean 'bf16'"):
         Red(dtype="bf61")
+
+
+def test_models_go_to_the_cpu_between_calls_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[str] = []
+    monkeypatch.setattr(Reward, "_move_models", lambda self, device: moves.append(device.type))
+    batch = torch.stack(images((4, 4)))
+    reward = Red(offload="cpu_between_calls")
+    reward.device = torch.device("cpu")
+    for _ in range(2):
+        reward(batch, "x")
+    assert len(moves) == 3  # away; back and away
+    reward(batch.requires_grad_(), "x", grad=True)
+    assert len(moves) == 4, "a backward pass needs the models where they are"
+    moves.clear()
+    Red()(batch, "x")
+    assert not moves
+    with pytest.raises(UserError, match="Did you mean 'cpu_between_calls'"):
+        Red(offload="cpu_between_cals")  # type: ignore[arg-type]
+
+
+def test_identity_is_of_name_version_options_weights_and_code(tmp_path: Path) -> None:
+    class Model(Red):
+        def __init__(self, checkpoint: str = "owner/name", gain: float = 1.0, **options: Any) -> None:
+            super().__init__(**options)
+            self.checkpoint, self.gain = checkpoint, gain
+
+    class Newer(Model):
+        version = "2"
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    base = Model().identity
+    assert (
+        base.startswith("red/1/") and Model(device="cpu", batch_size=3, offload="cpu_between_calls").identity == base
+    )
+    at_home = Model(str(tmp_path)).identity
+    others = [base, Newer().identity, Model(gain=2.0).identity, Model("owner/other").identity, at_home]
+    file.write_bytes(b"better!")
+    assert len({*others, Model(str(tmp_path)).identity, Model(dtype="bf16").identity}) == 7
+    file.write_bytes(b"weights")
+    assert Model(checkpoint=str(tmp_path)).identity == at_home
+
+
+def test_what_has_a_state_of_its_own_is_equal_to_nothing_else() -> None:
+    class Scorer:
+        def __call__(self, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
+            return images.mean((1, 2, 3))
+
+    scorer = Scorer()
+    reward = FunctionReward(scorer)
+    assert reward.identity == reward.identity != FunctionReward(scorer).identity
+    partial = functools.partial(scaled, gain=2)
+    assert FunctionReward(partial, "f").identity == FunctionReward(functools.partial(scaled, gain=2), "f").identity
+    assert FunctionReward(partial, "f").identity != FunctionReward(functools.partial(scaled, gain=3), "f").identity
+
+
+def scaled(images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]], gain: float = 1) -> Tensor:
+    return gain * images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(2, device="meta"), "runs on cpu but returned scores on meta"),
+        (RewardOutput(torch.zeros(2), valid=torch.ones(3, dtype=torch.bool)), r"\(3,\) marks of validity"),
+        (RewardOutput(torch.zeros(2), messages=["a"]), "1 messages for 2 images"),
+    ],
+)
+def test_other_devices_and_marks_are_errors(returned: Any, message: str) -> None:
+    reward = FunctionReward(lambda images, prompts, metadata: returned, "mine", device="cpu")
+    with pytest.raises(RewardError, match=message):
+        reward(torch.stack(images((4, 4), (4, 4))), "x")
+
+
+def test_prompts_and_metadata_must_be_what_they_are_called() -> None:
+    batch = torch.stack(images((4, 4), (4, 4)))
+    with pytest.raises(UserError, match="prompt 1 for the reward red is a int, not a text: 3"):
+        Red()(batch, ["a", 3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="metadata of image 0 for the reward red is a str"):
+        Red()(batch, "x", ["a", "b"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="neither 0 to 255 nor -1 to 1"):
+        Red()(batch * 6 - 3, "x")
