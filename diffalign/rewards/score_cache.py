@@ -93,6 +93,16 @@ class ScoreCache:
             ) from error
 
 
+class _Same:
+    """An attribute of the reward inside, looked up when needed: one that is remote asks its server for some."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.attribute = name
+
+    def __get__(self, instance: CachedReward | None, owner: type) -> Any:
+        return getattr(Reward if instance is None else instance.reward, self.attribute)
+
+
 class CachedReward(Reward):
     """A reward that looks into a cache first and keeps what it scores; with ``grad`` it always scores.
 
@@ -103,13 +113,24 @@ class CachedReward(Reward):
         cache: where scores are; several rewards may share one.
     """
 
+    name: Any = _Same()
+    version: Any = _Same()
+    summary: Any = _Same()
+    differentiable: Any = _Same()
+    uses_prompt: Any = _Same()
+    required_metadata: Any = _Same()
+    mode: Any = _Same()
+    scale: Any = _Same()
+    typical: Any = _Same()
+    input_size: Any = _Same()
+    takes: Any = _Same()
+    memory_gb: Any = _Same()
+    licence: Any = _Same()
+    hacks: Any = _Same()
+
     def __init__(self, reward: Reward, cache: ScoreCache) -> None:
-        super().__init__(device=reward.device, dtype=reward.dtype, batch_size=reward.batch_size)
         self.reward, self.cache = reward, cache
-        for attribute in ("name", "version", "differentiable", "uses_prompt", "mode", "scale", "takes"):
-            setattr(self, attribute, getattr(reward, attribute))
-        for attribute in ("summary", "required_metadata", "typical", "input_size", "memory_gb", "licence", "hacks"):
-            setattr(self, attribute, getattr(reward, attribute))
+        super().__init__(device=reward.device, dtype=reward.dtype, batch_size=reward.batch_size)
 
     @property
     def identity(self) -> str:
