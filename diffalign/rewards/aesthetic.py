@@ -154,7 +154,7 @@ class ShapesAesthetic(Aesthetic):
 
     name = "shapes-aesthetic"
     summary = "clean pictures of the shapes world with large, centred things, 1 to 10"
-    typical = None
+    typical = (3.5, 8.5)
     input_size = 64
     memory_gb = None
     hacks = ("The prompt is not seen: one large thing in the middle scores, whatever was asked for.",)

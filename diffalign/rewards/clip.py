@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,7 @@ from diffalign.rewards.encoders import (
 
 __all__ = [
     "CLIPReward",
+    "CosineReward",
     "PickScore",
     "ShapesClip",
     "clip_scores",
@@ -44,56 +46,43 @@ CACHED_PROMPTS = 4096
 """Embeddings of so many prompts are kept, those used last."""
 
 
-class CLIPReward(Reward):
-    """``exp(logit_scale)`` times the cosine of image and prompt, as a CLIP gives it; differentiable in the images.
+class CosineReward(Reward):
+    """A score made of the cosine of image and prompt in the space of an encoder; differentiable in the images.
 
     Embeddings are float32 before they are normalised and multiplied, whatever the model's dtype. Prompts longer than
     the model's context (75 tokens of a CLIP) are cut, with a warning. ``details["cosine"]`` is the bare cosine.
+    A subclass says which encoder, and what score a cosine gives.
 
     Args:
-        checkpoint: folder, hub id or bundled name in the layout of transformers' ``CLIPModel``.
-        processor: where tokenizer and image processor are, if not with the checkpoint.
+        checkpoint: the model; ``default_checkpoint`` if None.
         revision: of the checkpoint on the hub.
         local_files_only: download nothing; take what is there.
         options: device, dtype, batch_size, offload: see :class:`diffalign.rewards.base.Reward`.
     """
 
     differentiable = True
-    scale: Literal["bt_logit", "cosine"] = "bt_logit"
     default_checkpoint: ClassVar[str]
-    default_processor: ClassVar[str | None] = None
     prompt_prefix = ""
 
     def __init__(
         self,
         checkpoint: str | None = None,
-        processor: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        published = checkpoint in (None, self.default_checkpoint)
         self.checkpoint = resolve(checkpoint or self.default_checkpoint)
-        # A checkpoint of one's own brings its processor; the published one has it elsewhere.
-        self.processor = resolve(processor or (self.default_processor if published else None) or self.checkpoint)
         self.revision, self.local_files_only = revision, local_files_only
         self._embedded: OrderedDict[str, Tensor] = OrderedDict()
 
+    @abstractmethod
     def make_encoder(self) -> Encoder:
         """Read the model, in float32 on the CPU."""
-        usual = f" ({self.name}'s is {self.default_processor})" if self.default_processor else ""
-        return load_encoder(
-            self.checkpoint,
-            self.processor,
-            revision=self.revision,
-            local_files_only=self.local_files_only,
-            advice=f"Give the place of tokenizer and image processor, a folder or hub id, as processor={usual}.",
-        )
 
+    @abstractmethod
     def from_cosine(self, cosine: Tensor) -> Tensor:
         """The score, from cosines (n,) in [-1, 1], float32."""
-        return self.encoder.scale * cosine
 
     def load(self) -> None:
         self.encoder = self.make_encoder().to(self.device, self.dtype)
@@ -115,11 +104,10 @@ class CLIPReward(Reward):
     def _embed_prompts(self, prompts: list[str]) -> Tensor:
         """Unit embeddings (N, P); a prompt seen lately is not encoded again."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embedded]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            texts = [self.prompt_prefix + prompt for prompt in part]
+        if new:
+            texts = [self.prompt_prefix + prompt for prompt in new]
             self._warn_of_cut(texts)
-            self._embedded.update(zip(part, self.encoder.embed_prompts(texts), strict=True))
+            self._embedded.update(zip(new, self.encoder.embed_prompts(texts), strict=True))
         for prompt in prompts:
             self._embedded.move_to_end(prompt)
         result = torch.stack([self._embedded[prompt] for prompt in prompts])
@@ -132,6 +120,38 @@ class CLIPReward(Reward):
         if cut:
             message = "%s: %d of %d prompts are longer than %d tokens and were cut"
             logger.warning(message, self.name, cut, len(texts), self.encoder.context)
+
+
+class CLIPReward(CosineReward):
+    """``exp(logit_scale)`` times the cosine of image and prompt, by a CLIP of transformers.
+
+    Args:
+        checkpoint: folder, hub id or bundled name in the layout of transformers' ``CLIPModel``.
+        processor: where tokenizer and image processor are, if not with the checkpoint.
+        options: of :class:`CosineReward`.
+    """
+
+    scale: Literal["bt_logit", "cosine"] = "bt_logit"
+    default_processor: ClassVar[str | None] = None
+
+    def __init__(self, checkpoint: str | None = None, processor: str | None = None, **options: Any) -> None:
+        super().__init__(checkpoint, **options)
+        # A checkpoint of one's own brings its processor; the published one has it elsewhere.
+        elsewhere = self.default_processor if checkpoint in (None, self.default_checkpoint) else None
+        self.processor = resolve(processor or elsewhere or self.checkpoint)
+
+    def make_encoder(self) -> Encoder:
+        usual = f" ({self.name}'s is {self.default_processor})" if self.default_processor else ""
+        return load_encoder(
+            self.checkpoint,
+            self.processor,
+            revision=self.revision,
+            local_files_only=self.local_files_only,
+            advice=f"Give the place of tokenizer and image processor, a folder or hub id, as processor={usual}.",
+        )
+
+    def from_cosine(self, cosine: Tensor) -> Tensor:
+        return self.encoder.scale * cosine
 
 
 class PickScore(CLIPReward):
@@ -163,6 +183,7 @@ class ShapesClip(CLIPReward):
     name = "shapes-clip"
     version = "transformers-crop-1"
     summary = "which of two pictures of the shapes world its simulated annotators would pick"
+    typical = (6.0, 22.0)
     licence = "Apache-2.0"
     input_size = 64
     hacks = ("It knows only pictures like those it was trained on: noise outside the shapes world can score high.",)

@@ -28,9 +28,8 @@ class CLIPScore(CLIPReward):
         form: "x100" for 100 max(cosine, 0), as torchmetrics and most tables; "w2.5" for 2.5 max(cosine, 0), the
             paper's; "cosine" for the bare cosine. The first two have no gradient where the cosine is negative.
         prompt_prefix: put before each prompt; by default the paper's, "A photo depicts ", for "w2.5", else nothing.
-        revision: of the checkpoint on the hub.
-        local_files_only: download nothing; take what is there.
-        options: device, dtype, batch_size, offload: see :class:`diffalign.rewards.base.Reward`.
+        options: revision, local_files_only, device, dtype, batch_size, offload: see
+            :class:`diffalign.rewards.clip.CosineReward`.
 
     Raises:
         UserError: there is no such form.
@@ -57,11 +56,9 @@ class CLIPScore(CLIPReward):
         processor: str | None = None,
         form: Literal["x100", "w2.5", "cosine"] = "x100",
         prompt_prefix: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(checkpoint, processor, revision, local_files_only, **options)
+        super().__init__(checkpoint, processor, **options)
         if form not in FORMS:
             raise UserError(
                 f"form of {self.name} is {form!r}.{did_you_mean(form, FORMS)} Choose of {', '.join(FORMS)}."

@@ -73,6 +73,7 @@ class Encoder(nn.Module, ABC):
     def __init__(self, model: Any, preprocess: Preprocess, context: int) -> None:
         super().__init__()
         self.model = model
+        self.eval()
         self.preprocess, self.context = preprocess, context
         self.scale = math.exp(float(model.logit_scale))
 

@@ -16,14 +16,14 @@ from transformers import CLIPModel
 
 from diffalign.errors import UserError
 from diffalign.rewards.checkpoints import fill, load_model, locate, read_weights
-from diffalign.rewards.clip import CLIPReward
+from diffalign.rewards.clip import CosineReward
 from diffalign.rewards.encoders import Encoder, load_config
 from diffalign.rewards.pixels import Preprocess
 
 _CONVERTED_KEY = "vision_model.embeddings.patch_embedding.weight"
 
 
-class HPSv2(CLIPReward):
+class HPSv2(CosineReward):
     """HPSv2: the cosine of image and prompt, about 0.23 to 0.29; tables print it times 100. No logit scale.
 
     Pictures are letterboxed: longest side to 224, black around. Versions 2 and 2.1 are not comparable, nor are prompt
@@ -35,9 +35,8 @@ class HPSv2(CLIPReward):
         architecture: of the file: a model that open_clip lists, or a JSON file with such a config.
         antialias: off for the numbers that the package gave with torchvision before 0.17, whose resize of tensors was
             not antialiased; they differ by up to a point in the tables.
-        revision: of the checkpoint on the hub.
-        local_files_only: download nothing; take what is there.
-        options: device, dtype, batch_size, offload: see :class:`diffalign.rewards.base.Reward`.
+        options: revision, local_files_only, device, dtype, batch_size, offload: see
+            :class:`diffalign.rewards.clip.CosineReward`.
     """
 
     name = "hpsv2"
@@ -61,11 +60,9 @@ class HPSv2(CLIPReward):
         checkpoint: str | None = None,
         architecture: str = "ViT-H-14",
         antialias: bool = True,
-        revision: str | None = None,
-        local_files_only: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(checkpoint, None, revision, local_files_only, **options)
+        super().__init__(checkpoint, **options)
         self.architecture, self.antialias = architecture, antialias
 
     def make_encoder(self) -> Encoder:

@@ -76,15 +76,6 @@ def images(count: int, side: int = 28) -> torch.Tensor:
 
 
 @pytest.fixture
-def head_path(tmp_path: Path) -> Path:
-    """A head for embeddings of 16, as the published file is: a plain dict of tensors."""
-    torch.manual_seed(0)
-    file = tmp_path / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.save(AestheticHead([16, 8, 5, 4, 3, 1]).state_dict(), file)
-    return file
-
-
-@pytest.fixture
 def reward(head_path: Path, clip_path: str) -> Aesthetic:
     return Aesthetic(str(head_path), tower=clip_path, device="cpu")
 

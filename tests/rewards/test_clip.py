@@ -124,9 +124,13 @@ def test_a_prompt_is_encoded_once(reward: PickScore, monkeypatch: pytest.MonkeyP
     assert encoded == [2]
     again = reward(images, [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0]]).rewards
     assert encoded == [2] and torch.equal(first, again)
-    monkeypatch.setattr(clip, "CACHED_PROMPTS", 1)
+    monkeypatch.setattr(clip, "CACHED_PROMPTS", 2)
+    reward(images[:3], [PROMPTS[0], PROMPTS[1], PROMPTS[0]])  # the first is used last
+    assert encoded == [2] and list(reward._embedded) == [PROMPTS[1], PROMPTS[0]]
+    reward(images[:1], [PROMPTS[2]])
+    assert encoded == [2, 1] and list(reward._embedded) == [PROMPTS[0], PROMPTS[2]]
     reward(images, PROMPTS)
-    assert len(reward._embedded) == 1
+    assert len(reward._embedded) == 2
     reward.close()
     assert not reward._embedded
 
@@ -155,7 +159,9 @@ def test_the_published_layout_has_its_processor_elsewhere(clip_path: str, tmp_pa
     together = PickScore(checkpoint=clip_path, device="cpu")
     images = noise(2, 28, 28)
     assert torch.equal(separate(images, PROMPTS[:2]).rewards, together(images, PROMPTS[:2]).rewards)
-    with pytest.raises(UserError, match="could not load the image processor from .* as processor= \\(pickscore's is laion/CLIP-ViT-H"):
+    with pytest.raises(
+        UserError, match="could not load the image processor from .* as processor= \\(pickscore's is laion/CLIP-ViT-H"
+    ):
         PickScore(checkpoint=str(tmp_path), device="cpu")(images, PROMPTS[:2])
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its files are missing"):
