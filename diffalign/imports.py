@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,18 +20,19 @@ def is_import_path(target: str) -> bool:
     return bool(colon and place) and all(part.isidentifier() for part in attribute.split("."))
 
 
-def find_callable(target: str, kind: str) -> Callable[..., Any]:
+def find_callable(target: str, kind: str, known: Iterable[str] = ()) -> Callable[..., Any]:
     """Import what ``place:object`` names.
 
     Args:
         target: ``package.module:object`` or ``path/to/file.py:object``; object may be ``Class.method``.
         kind: what it is to be, for errors: "reward", "captioner".
+        known: names that may have been meant where there is no such module.
 
     Raises:
         UserError: no such module, file or object, or it cannot be called.
     """
     place, _, attribute = target.rpartition(":")
-    module = _load_file(Path(place), kind) if place.endswith(".py") else _load_module(place, kind)
+    module = _load_file(Path(place), kind) if place.endswith(".py") else _load_module(place, kind, known)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -44,14 +45,14 @@ def find_callable(target: str, kind: str) -> Callable[..., Any]:
     return result
 
 
-def _load_module(name: str, kind: str) -> ModuleType:
+def _load_module(name: str, kind: str, known: Iterable[str]) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise UserError(
-                f"there is no module {name!r} to import a {kind} from. "
-                "A file is given with its ending: path/to/file.py:Name."
+                f"there is no module {name!r} to import a {kind} from.{did_you_mean(name, known)} "
+                "A file is given with its ending: path/to/file.py:Class."
             ) from error
         raise
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from diffalign.errors import UserError, did_you_mean
+from diffalign.imports import find_callable
 from diffalign.rewards.base import FunctionReward, Reward, RewardCard
 
 GROUP = "diffalign.rewards"
@@ -137,50 +132,7 @@ def _find(target: str | Callable[..., Any] | None) -> Callable[..., Any]:
         known = names()
         forms = _FORMS.format(names=", ".join(known))
         raise UserError(f"there is no reward {target!r}.{did_you_mean(target or '', known)} {forms}")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [name for name in vars(module) if not name.startswith("_")]
-            raise UserError(f"{place} has no {attribute!r}.{did_you_mean(attribute, public)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"{target} is a {type(found).__name__}, not a reward class or function")
-    result: Callable[..., Any] = found
-    return result
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UserError(
-                f"there is no module {name!r} to import a reward from.{did_you_mean(name, names())} "
-                "A file is given with its ending: path/to/file.py:Class."
-            ) from error
-        raise
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Run a python file as a module of its own, under a name that cannot hide another module; once."""
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"there is no file {path} to load a reward from")
-    name = f"diffalign_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"cannot load {path} as a python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return find_callable(str(target), "reward", known=names())
 
 
 def _make(target: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Reward:
