@@ -257,6 +257,7 @@ class _Run:
             group_ids=[self.groups[index] for index in indices] if member.reward.mode == "groupwise" else None,
             policy=self.policy,
             ledger=self.ledger,
+            names=[image.file for image in chosen],
         )
 
     def _row(self, image: ListedImage, digest: str) -> Row:

@@ -154,12 +154,14 @@ def guarded(
     policy: FailurePolicy | None = None,
     ledger: FailureLedger | None = None,
     grad: bool = False,
+    names: Sequence[str] | None = None,
 ) -> RewardOutput:
     """Score images under a policy for failures. Arguments as of :meth:`diffalign.rewards.base.Reward.__call__`.
 
     Args:
         policy: stop by default.
         ledger: where failures are counted; needed for a share of failures over a whole run.
+        names: how errors call the images, such as their files; by default they are numbered.
 
     Returns:
         N scores; under "drop" NaN, ``valid`` False and a message where there is none, otherwise all valid.
@@ -175,7 +177,8 @@ def guarded(
     groups = as_group_ids(group_ids, count, name, needed=reward.mode == "groupwise")
     if not count:
         return reward(images, texts, rows, group_ids=groups, grad=grad)
-    call = _Call(reward, images, texts, rows, groups, grad, policy, ledger)
+    called = [str(number) for number in range(count)] if names is None else names
+    call = _Call(reward, images, texts, rows, groups, grad, policy, ledger, called)
     output = call.isolate(list(range(count))) if policy.on_failure == "drop" else call.insist()
     ledger.add(name, output)
     if not output.valid.all():
@@ -195,6 +198,7 @@ class _Call:
     grad: bool
     policy: FailurePolicy
     ledger: FailureLedger
+    names: Sequence[str]
     raised: int = 0
 
     def score(self, indices: list[int]) -> RewardOutput:
@@ -288,8 +292,8 @@ class _Call:
         first, last = indices[0], indices[-1]
         prompt = f" (prompt {self.texts[first]!r:.120})" if self.reward.uses_prompt else ""
         if first == last:
-            return f"image {first}{prompt}"
-        return f"one of images {first} to {last}, the first of them{prompt}"
+            return f"image {self.names[first]}{prompt}"
+        return f"one of images {self.names[first]} to {self.names[last]}, the first of them{prompt}"
 
 
 def _text(error: Exception) -> str:
