@@ -24,11 +24,11 @@ def methods_table(records: list[dict[str, Any]]) -> str:
     lines = [
         "## Methods on the shapes world",
         "",
-        "Mean over the seeds, and in brackets the lowest and the highest. Step time and memory are of the training "
-        "run on the machine below.",
+        "Mean over the seeds, and in brackets the lowest and the highest. A step is given relative to one of DPO, both "
+        "taken in turns in one process (`python benchmarks/method_steps.py`); memory is the peak of the training run.",
         "",
-        "| method | pairs | seeds | checker | win rate by checker | win rate by annotators | policy passes | a step | "
-        "peak memory |",
+        "| method | pairs | seeds | checker | win rate by checker | win rate by annotators | policy passes | "
+        "a step, of DPO's | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
         *summary_rows(records),
         "",
@@ -39,15 +39,14 @@ def methods_table(records: list[dict[str, Any]]) -> str:
         "(facts of the caption that hold) and by the simulated annotators (who made the preference pairs).",
         "",
         "| method | seed | checker: base | aligned | win rate by checker | win rate by annotators | steps | "
-        "policy passes | training | a step | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "policy passes | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         lines.append(
             f"| {label(r)} | {r['seed']} | {r['base_checker_score']:.3f} | {r['checker_score']:.3f} | "
             f"{interval(r['win_rate_checker'])} | {interval(r['win_rate_annotator'])} | {r['steps']} | "
-            f"{r['policy_forward_passes']:,} | {r['train_seconds']:.0f} s | {r['step_seconds']:.2f} s | "
-            f"{r['peak_memory_mib']:,} MiB |"
+            f"{r['policy_forward_passes']:,} | {r['peak_memory_mib']:,} MiB |"
         )
     methods = " ".join(dict.fromkeys(r["method"] for r in records if r.get("data", "shapes-pairs") == "shapes-pairs"))
     seeds = " ".join(str(s) for s in dict.fromkeys(r["seed"] for r in records))
@@ -68,6 +67,9 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         runs.setdefault((record["method"], record.get("data", "shapes-pairs")), []).append(record)
+    # Runs shared their machine with other work; steps were timed beside each other, by benchmarks/method_steps.py.
+    path = RESULTS / "method_steps.json"
+    steps = json.loads(path.read_text())["methods"] if path.exists() else {}
     lines = []
     for (method, data), group in runs.items():
         checker, by_checker, by_annotators = (
@@ -78,11 +80,11 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
                 lambda r: r["win_rate_annotator"][0],
             )
         )
-        step, memory = (mean(r[name] for r in group) for name in ("step_seconds", "peak_memory_mib"))
-        passes = mean(r["policy_forward_passes"] for r in group)
+        memory, passes = (mean(r[name] for r in group) for name in ("peak_memory_mib", "policy_forward_passes"))
+        step = f"{steps[method]['ratio']:.2f}" if method in steps else ""
         lines.append(
             f"| {method} | {Path(data).name} | {len(group)} | {checker} | {by_checker} | {by_annotators} | "
-            f"{passes:,.0f} | {step:.2f} s | {memory:,.0f} MiB |"
+            f"{passes:,.0f} | {step} | {memory:,.0f} MiB |"
         )
     return lines
 
