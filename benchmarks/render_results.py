@@ -24,8 +24,8 @@ def methods_table(records: list[dict[str, Any]]) -> str:
     lines = [
         "## Methods on the shapes world",
         "",
-        "Mean over the seeds, and in brackets the lowest and the highest. A step is given relative to one of DPO, both "
-        "taken in turns in one process (`python benchmarks/method_steps.py`); memory is the peak of the training run.",
+        "Mean over the seeds, and in brackets the lowest and the highest. A step is given relative to one of "
+        "DPO, taken in turns in one process (`python benchmarks/method_steps.py`); memory is the peak of the run.",
         "",
         "| method | pairs | seeds | checker | win rate by checker | win rate by annotators | policy passes | "
         "a step, of DPO's | peak memory |",
