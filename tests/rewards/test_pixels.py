@@ -18,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from diffalign.errors import UserError
+from diffalign.rewards import pixels
 from diffalign.rewards.pixels import OPENAI_MEAN, OPENAI_STD, Preprocess, center_crop, resize_shortest
 
 Library: TypeAlias = Callable[[np.ndarray], Tensor]
@@ -82,9 +83,9 @@ SIZES = [(400, 600), (227, 301), (301, 227), (630, 360), (640, 160), (100, 140),
 
 def difference(picture: np.ndarray, theirs: Tensor, ours: Preprocess, *, exact: bool = False) -> Tensor:
     """To the library's own, in units of the [0, 1] pixel."""
-    pixels = ours(tensor(picture), exact=exact)
-    assert pixels.shape == theirs.shape == (1, 3, 224, 224)
-    return (pixels - theirs).abs() * torch.tensor(ours.std).view(1, 3, 1, 1)
+    result = ours(tensor(picture), exact=exact)
+    assert result.shape == theirs.shape == (1, 3, 224, 224)
+    return (result - theirs).abs() * torch.tensor(ours.std).view(1, 3, 1, 1)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -95,11 +96,24 @@ def test_agrees_with_the_library(name: str) -> None:
         theirs = library(picture)
         exact = difference(picture, theirs, ours, exact=True)
         smooth = difference(picture, theirs, ours)
-        # A value that lies on a half may be rounded to the other side. Pillow resizes some pictures columns first.
-        columns_first = pillow and height > width
-        assert exact.max() < (4.5 if columns_first else 2.5) / 255, (height, width)
-        assert exact.mean() < (1.2e-3 if columns_first else 1.5e-4), (height, width)
+        # By Pillow a value that lies on a half may go to the other side, and tall pictures are resized columns first.
+        largest, mean = ((4.5 / 255, 1.2e-3) if height > width else (2.5 / 255, 1.5e-4)) if pillow else (1e-6, 1e-6)
+        assert exact.max() < largest and exact.mean() < mean, (height, width)
         assert smooth.max() < 0.025 and smooth.mean() < 0.0015, (height, width)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_gpu_which_has_no_resize_of_bytes_does_the_same(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tensor(waves(*size))
+    for ours in (Preprocess(), SIGLIP):
+        by_bytes = ours(picture, exact=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(pixels, "_has_bytes", lambda device: False)
+            by_floats = ours(picture, exact=True)
+        difference = (by_floats - by_bytes).abs() * torch.tensor(ours.std).view(1, 3, 1, 1)
+        assert difference.max() < 2.5 / 255 and difference.mean() < 1.5e-4
 
 
 @pytest.mark.parametrize("size", [*SIZES, (300, 301), (7, 900)])
