@@ -12,7 +12,8 @@ up- and downscaled, smooth with noise), mean and largest difference in units of 
 | letterbox of HPSv2, as its package does it on float tensors | 0, 0 | 0, 0 |
 
 In the third row Pillow 13 resizes columns first, where torchvision and this module always start with rows; all round
-to 8 bits in between. The first row is for a CPU; on a GPU, which cannot resize bytes, it is 7e-5, 0.008. `tests/rewards/test_pixels.py` holds these limits.
+to 8 bits in between. The first row is for a CPU; on a GPU, which cannot resize bytes, it is 7e-5, 0.008.
+`tests/rewards/test_pixels.py` holds these limits.
 """
 
 from __future__ import annotations

@@ -49,5 +49,5 @@ def test_scores_are_those_of_the_librarys_own_processing(size: tuple[int, int]) 
     for name, theirs in librarys_scores(images).items():
         reward = load_reward(name, device="cpu")
         exact, smooth = reward(images, CAPTIONS).rewards, reward(floats, CAPTIONS, grad=True).rewards.detach()
-        assert (exact - theirs).abs().max() < 0.002 * theirs.std(), name
+        assert (exact - theirs).abs().max() < 0.004 * theirs.std(), name
         assert 0 < (smooth - theirs).abs().max() < 0.03 * theirs.std(), name
