@@ -17,13 +17,14 @@ Row = Mapping[str, Any]
 class RowsTable:
     """Rows in memory; pictures as paths relative to ``root`` (or as anything a picture can be).
 
-    ``names`` says where each row comes from.
+    ``names`` says where each row comes from; ``plain`` are the columns that hold no pictures.
     """
 
     def __init__(self, name: str, rows: Sequence[Row], names: Sequence[str], root: Path | None = None) -> None:
         self.name, self.root = name, root
         self._rows, self._names = rows, names
         self.columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        self.plain = self.columns
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -61,6 +62,7 @@ class ArrowTable:
         self._files = [path for path, _ in files]
         self._ends = list(itertools.accumulate(rows for _, rows in files))
         self.columns = list(dataset.column_names)
+        self.plain = [name for name, feature in (dataset.features or {}).items() if _is_plain(feature)]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -109,6 +111,20 @@ class StreamTable:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._dataset)
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a column holds texts and numbers, rather than pictures, sounds or other bytes."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return all(map(_is_plain, feature.values()))
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _is_plain(inner)
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and "binary" not in feature.dtype
+    )
 
 
 def _undecoded(dataset: Any) -> Any:

@@ -47,3 +47,78 @@ def test_missing_file_and_zero_prompts(tmp_path):
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(UserError, match="at least one"):
         read_prompts(["a"], limit=0)
+
+
+def parquet(path, **columns):
+    import datasets
+
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    return path
+
+
+def test_a_column_of_a_table_with_the_others_as_metadata(tmp_path):
+    path = parquet(tmp_path / "p.parquet", caption=["a cat", "two dogs"], count=[1, 2], bytes=[b"x", b"y"])
+    wanted = [Prompt("a cat", {"count": 1}), Prompt("two dogs", {"count": 2})]
+    assert read_prompts(path) == wanted
+    assert read_prompts(f"{path}:caption") == wanted
+    assert read_prompts(f"{tmp_path}:caption", limit=1) == wanted[:1]
+    with pytest.raises(UserError, match=r"no column 'captoin'. Did you mean 'caption'"):
+        read_prompts(f"{path}:captoin")
+    with pytest.raises(UserError, match=r"p.parquet row 0: count is 1, not a prompt"):
+        read_prompts(f"{path}:count")
+    other = parquet(tmp_path / "other.parquet", words=["a"])
+    with pytest.raises(UserError, match=r"no column any of prompt, caption, text.*other.parquet:words"):
+        read_prompts(other)
+
+
+def test_a_column_of_a_hub_data_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, *, split, streaming):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"prompt": ["a"], "text": ["b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_prompts("hub:owner/name:text") == [Prompt("b", {"prompt": "a"})]
+    assert read_prompts("hub:owner/name@test") == [Prompt("a", {"text": "b"})]
+    assert asked == [("owner/name", "train"), ("owner/name", "test")]
+
+
+FUNCTIONS = """
+import itertools
+
+def pairs():
+    return ["a cat", ("two dogs", {"count": 2})]
+
+def endless():
+    return (f"prompt {i}" for i in itertools.count())
+
+def wrong():
+    return ["a", 3]
+
+def single():
+    return "a cat"
+"""
+
+
+def test_functions(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    assert read_prompts(f"{file}:pairs") == [Prompt("a cat"), Prompt("two dogs", {"count": 2})]
+    assert [p.text for p in read_prompts(f"{file}:endless", limit=2)] == ["prompt 0", "prompt 1"]
+    with pytest.raises(UserError, match=r"wrong: item 1 is 3"):
+        read_prompts(f"{file}:wrong")
+    with pytest.raises(UserError, match="returned a str"):
+        read_prompts(f"{file}:single")
+    with pytest.raises(UserError, match="Did you mean 'pairs'"):
+        read_prompts(f"{file}:pair")
+    with pytest.raises(UserError, match="no module 'nowhere'"):
+        read_prompts("nowhere:prompts")
+
+
+def test_the_training_split_of_the_shapes_world_is_apart_from_the_held_out_one():
+    captions = [prompt.text for prompt in read_prompts("shapes-train")]
+    assert len(set(captions)) == 1024
+    assert not any(is_heldout(caption) for caption in captions)
