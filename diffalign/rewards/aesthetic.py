@@ -178,8 +178,11 @@ def load_tower(path: str, **options: Any) -> CLIPVisionModelWithProjection:
     if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim  # a whole CLIP keeps it one level up
         config = config.vision_config
-    unused = ("text_model.", "text_projection.", "logit_scale")
-    tower: CLIPVisionModelWithProjection = load_model(
-        CLIPVisionModelWithProjection, path, config=config, unused=unused, **options
-    )
+    tower: CLIPVisionModelWithProjection = load_model(_ImageHalf, path, config=config, **options)
     return tower
+
+
+class _ImageHalf(CLIPVisionModelWithProjection):
+    """Passes over the text half of a whole CLIP, which transformers otherwise lists weight by weight."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^text_model\.", r"^text_projection\.", r"^logit_scale$")

@@ -52,13 +52,11 @@ def load_model(
     checkpoint: str,
     *,
     config: PretrainedConfig | None = None,
-    unused: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """A frozen model of transformers in float32 and eval mode, with the checkpoint's own config or ``config``.
 
     Args:
-        unused: beginnings of the names of weights that the checkpoint may hold beside those of ``kind``.
         options: revision, local_files_only.
 
     Raises:
@@ -67,11 +65,9 @@ def load_model(
     """
     options |= {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_from(kind.from_pretrained, checkpoint, **options)
-    surplus = [
-        key for key in info["unexpected_keys"] if not key.startswith(tuple(unused)) and not _IGNORED.search(key)
-    ]
+    surplus = [key for key in info["unexpected_keys"] if not _IGNORED.search(key)]
     shapes = [f"{key} {tuple(theirs)} for {tuple(ours)}" for key, theirs, ours in info["mismatched_keys"]]
-    complain(checkpoint, kind.__name__, set(info["missing_keys"]), surplus, shapes)
+    complain(checkpoint, kind.__name__.lstrip("_"), set(info["missing_keys"]), surplus, shapes)
     return model.eval().requires_grad_(False)
 
 

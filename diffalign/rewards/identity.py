@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_NOT_THE_SCORE = ("device", "batch_size", "offload", "dtype")
+_NOT_THE_SCORE = ("device", "batch_size", "offload", "dtype", "local_files_only")
 """Options that say where a reward runs, and the dtype, which is described apart."""
 _MODEL_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".pt", ".pth", ".bin"}
 
