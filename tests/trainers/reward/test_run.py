@@ -55,13 +55,15 @@ def heldout_scores(trainer: RewardTrainer, reward: str) -> np.ndarray:
     [
         {"train_mode": "head"},
         {"train_mode": "head", "head_hidden": 8, "head_dropout": 0.1, "objective": "rao_kupper"},
-        {"train_mode": "lora", "rank": 4, "lora_dropout": 0.1},
+        {"train_mode": "lora", "rank": 4, "lora_dropout": 0.1, "max_train_steps": 8, "eval_steps": 4},
         {**TINY, "learning_rate": 3e-3, "contrastive_weight": 0.1, "random_shift": 0.1, "random_flip": True},
     ],
     ids=["linear-head", "mlp-head", "lora", "from-scratch"],
 )
 def test_a_run_learns_and_its_result_is_a_reward(reward_config: MakeConfig, settings: dict[str, Any]) -> None:
-    trainer = RewardTrainer(reward_config(max_train_steps=30, train_batch_size=8, eval_steps=10, **settings))
+    trainer = RewardTrainer(
+        reward_config(**{"max_train_steps": 30, "train_batch_size": 8, "eval_steps": 10, **settings})
+    )
     folder = trainer.train()
     found = report(folder)
     assert found["heldout_accuracy"]["rate"] > 0.9 > found["start_heldout_accuracy"]["rate"]
