@@ -25,7 +25,7 @@ from torch import Tensor
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.trainers.ddpo import clipped_surrogate
-from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer, Rollout
+from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer
 from diffalign.training.online_config import OnlineConfig
 from diffalign.training.renoise import Renoised, Timesteps, renoise
 
@@ -103,12 +103,16 @@ class AWMTrainer(OnlineTrainer[AWMConfig]):
   year={2025}
 }"""
 
-    def collect(self, number: int) -> Rollout:
-        self.policy.update_copy("old", 0.0)
-        if number:
-            decay = min(self.config.ema_max_decay, self.config.ema_decay_rate * number)
+    def copies(self) -> tuple[str, ...]:
+        wanted = {"old": self.arithmetic.steps_per_rollout > 1, "ema": self.config.ema_beta > 0}
+        return tuple(name for name in self.needs.copies if wanted[name])
+
+    def after_rollout(self, number: int) -> None:
+        if "old" in self.policy.copies:
+            self.policy.update_copy("old", 0.0)
+        if "ema" in self.policy.copies:
+            decay = min(self.config.ema_max_decay, self.config.ema_decay_rate * (number + 1))
             self.policy.update_copy("ema", decay)
-        return super().collect(number)
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -134,6 +138,7 @@ class AWMTrainer(OnlineTrainer[AWMConfig]):
             "error_liked": _mean_where(m, a > 0),
             "error_disliked": _mean_where(m, a < 0),
             "ratio": (s - s_old).exp().mean(),
+            "clip_fraction": ((s - s_old).exp() - 1).abs().gt(config.clip_range).double().mean(),
         }
         scale = elbo_scale(given.sigma) if config.kl_form == "elbo" else 1.0
         weights = {"reference": config.kl_beta, "ema": config.ema_beta}

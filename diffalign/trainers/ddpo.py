@@ -59,8 +59,6 @@ class DDPOConfig(OnlineConfig):
         super().__post_init__()
         self._require("clip_range", self.clip_range > 0, "above 0")
         self._require("kl_beta", self.kl_beta >= 0, "0 or more")
-        if self.sampler == "ddim" and self.eta == 0:
-            raise UserError("eta 0 draws without noise, so no step has a density to learn from: use eta 1")
         if self.lora_dropout:
             raise UserError("lora_dropout makes the ratio of a step random: leave it at 0 for this method")
         if self.estimator == "score" and self.num_updates_per_rollout * self.num_inner_epochs > 1:
@@ -81,6 +79,11 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
+        frozen = None
+        if config.kl_beta:
+            # Before the policy's own pass, whose backward pass needs the adapters as they were in it.
+            with self.policy.reference() as reference:
+                frozen = self._step(reference, batch)
         step = self._step(self.policy.denoiser, batch)
         log_prob = step.log_prob(batch.x_next)
         if config.estimator == "score":
@@ -94,9 +97,7 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
             "ratio": change.exp().mean(),
             "clip_fraction": (change.exp() - 1).abs().gt(config.clip_range).float().mean(),
         }
-        if config.kl_beta:
-            with self.policy.reference() as reference:
-                frozen = self._step(reference, batch)
+        if frozen is not None:
             kl = step.kl(frozen)
             report["kl"] = kl.detach().mean()
             loss = loss + config.kl_beta * (batch.weight * kl).mean()

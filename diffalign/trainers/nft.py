@@ -24,7 +24,7 @@ from torch import Tensor
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.noise import NoiseProcess
-from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer, Rollout
+from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer
 from diffalign.training.online_config import OnlineConfig
 from diffalign.training.renoise import Timesteps, renoise
 
@@ -104,10 +104,8 @@ class NFTTrainer(OnlineTrainer[NFTConfig]):
     def drawing(self) -> Any:
         return self.policy.copy_weights("old")
 
-    def collect(self, number: int) -> Rollout:
-        if number:
-            self.policy.update_copy("old", min(self.config.old_decay_rate * number, self.config.old_max_decay))
-        return super().collect(number)
+    def after_rollout(self, number: int) -> None:
+        self.policy.update_copy("old", min(self.config.old_decay_rate * (number + 1), self.config.old_max_decay))
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, process = self.config, self.family.noise_process

@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffalign.config import field
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.error import per_sample_mse
-from diffalign.diffusion.random import key_seed, keyed_noise, keyed_permutation, keyed_uniform
+from diffalign.diffusion.random import key_seed, keyed_noise, keyed_uniform
 from diffalign.errors import UserError
+from diffalign.training.groups import PromptOrder
 from diffalign.training.loop import Batches
 from diffalign.training.online_config import PromptConfig
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
@@ -49,7 +51,7 @@ class RewardGradientConfig(PromptConfig):
     gradient: Gradient = field("draft", help="draft (the last K steps), draft_lv, refl or alignprop (K drawn anew).")
     gradient_steps: int = field(1, help="K: steps with gradient of draft; the largest K of alignprop.")
     lv_samples: int = field(2, help="Noisings of the final image that draft_lv averages over. Paper: 2.")
-    refl_last_steps: int = field(10, help="refl takes its step among the last so many but one. Authors: 10 of 40.")
+    refl_last_steps: int = field(10, help="refl takes its step among the last so many. Authors: 10 of 40.")
     reward_ceiling: float | None = field(None, help="Rewards above count no more: relu(ceiling - R). ReFL: 2.")
     reward_scale: float = field(1.0, help="Factor on the reward's loss. ReFL: 1e-3, AlignProp: 0.01.")
     kl_beta: float = field(
@@ -98,6 +100,7 @@ class PromptBatches(Batches[PromptBatch]):
     def __init__(self, trainer: RewardGradientTrainer) -> None:
         self.trainer = trainer
         self.samples = len(trainer.prompts)
+        self.order = PromptOrder(self.samples, trainer.config.seed)
 
     def stream(self, start_step: int, stop_step: int) -> Iterator[PromptBatch]:
         trainer, config = self.trainer, self.trainer.config
@@ -107,17 +110,13 @@ class PromptBatches(Batches[PromptBatch]):
             for index in range(micro_batches):
                 first = ((step * micro_batches + index) * world + trainer.accelerator.process_index) * size
                 places = range(first, first + size)
-                prompts = [trainer.prompts[self._prompt(place)] for place in places]
+                prompts = [trainer.prompts[self.order[place]] for place in places]
                 yield PromptBatch(
                     given=trainer.condition(trainer.encode([p.text for p in prompts])),
                     prompts=prompts,
                     seeds=[key_seed(config.seed, "image", place) for place in places],
                     u=float(keyed_uniform([(config.seed, "steps with gradient", step, index)])[0]),
                 )
-
-    def _prompt(self, place: int) -> int:
-        number, position = divmod(place, self.samples)
-        return int(keyed_permutation(self.samples, self.trainer.config.seed, "prompts", number)[position])
 
 
 class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
@@ -134,7 +133,7 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
 
     def make_batches(self) -> PromptBatches:
         self.read_prompts()
-        self.scorer = Scorer(self.config, self.accelerator)
+        self.judge_by(Scorer(self.config, self.accelerator))
         if not self.scorer.training_rewards.differentiable:
             stuck = [m.name for m in self.scorer.training_rewards.members if not m.reward.differentiable]
             raise UserError(
@@ -152,32 +151,37 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
         if len(latents) > len(texts):
             times = len(latents) // len(texts)
             texts, rows, groups = texts * times, rows * times, groups * times
-        scores = self.scorer.training_rewards(images, texts, rows, group_ids=groups, grad=True)
-        loss = reward_loss(scores.total, config.reward_ceiling, config.reward_scale).mean() + config.kl_beta * pull
-        report = {f"reward/{name}": output.rewards.mean().detach() for name, output in scores.raw.items()}
+        scores = self.scorer.training_rewards(images, texts, rows, group_ids=groups, grad=True, gather=gather_object)
+        # An image without a reward moves nothing; it must not make the whole step NaN.
+        known = scores.total[scores.valid]
+        losses = reward_loss(known, config.reward_ceiling, config.reward_scale)
+        loss = losses.sum() / max(len(losses), 1) + config.kl_beta * pull
+        report = {f"reward/{name}": _sum_and_count(output.rewards) for name, output in scores.raw.items()}
         outside = ((images.detach() <= 0) | (images.detach() >= 1)).float().mean()
         return loss, {
-            "reward": scores.total.mean().detach(),
+            "reward": _sum_and_count(scores.total),
             **report,
+            "images": images.new_tensor((self.step + 1) * self.plan.effective_batch).float(),
             "distance_to_reference": pull.detach(),
             "saturated_pixels": outside,
         }
 
     def _latents(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Clean latents with a graph over the steps that are differentiated, and the pull to the reference there."""
+        config = self.config
         first, last = self._span(batch.u)
         x = starting_noise(batch.seeds, self.latent_shape).to(self.accelerator.device)
         with torch.no_grad(), self.policy.evaluating():
             for i in range(first):
                 x, _, _ = self._step(batch, x, i, reference=False)
-        if self.config.gradient == "draft_lv":
+        if config.gradient == "draft_lv":
             return self._low_variance(batch, x, first)
         pulls = []
         x0 = x
         for i in range(first, last):
-            x, x0, pull = self._step(batch, x, i, reference=self.config.kl_beta > 0)
+            x, x0, pull = self._step(batch, x, i, reference=config.kl_beta > 0)
             pulls.append(pull)
-        return (x0 if last < len(self.steps) else x), torch.stack(pulls).mean()
+        return (x0 if config.gradient == "refl" else x), torch.stack(pulls).mean()
 
     def _span(self, u: float) -> tuple[int, int]:
         """The steps with gradient: from the first, up to and without the second."""
@@ -208,8 +212,13 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
         index = torch.full((len(x),), i)
         timesteps = self.steps.timesteps[index].to(x.device)
 
+        # The second call is the recomputation within the backward pass, which must not go through the wrapper of
+        # several processes: that takes every call for the start of a new step.
+        networks = iter([self.policy.denoiser])
+
         def predict(x: Tensor) -> Tensor:
-            return guided_predict(self.family, self.policy.denoiser, x, timesteps, batch.given)
+            network = next(networks, self.policy.modules[self.family.denoiser_part])
+            return guided_predict(self.family, network, x, timesteps, batch.given)
 
         # Before the pass that is recomputed: adapters must not be switched inside it.
         frozen = None
@@ -233,4 +242,15 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
             "refl": f"one of the last {config.refl_last_steps} of {config.num_inference_steps} steps",
             "alignprop": f"the last 1 to {config.gradient_steps} of {config.num_inference_steps} steps",
         }
-        return {"gradient": f"{config.gradient}: {what[config.gradient]}", "rewards": self.scorer.describe()}
+        return {
+            "data": f"{len(self.prompts):,} prompts of {config.prompts}",
+            "steps": f"{self.plan.steps:,}, {self.plan.steps * self.plan.effective_batch:,} images",
+            "gradient": f"{config.gradient}: {what[config.gradient]}, guidance {config.guidance_scale:g}",
+            "rewards": self.scorer.describe(),
+        }
+
+
+def _sum_and_count(values: Tensor) -> Tensor:
+    """Sum and number of the values that are known, (2,): a metric."""
+    values = values.detach().float()
+    return torch.stack([values.nansum(), values.isfinite().sum()])

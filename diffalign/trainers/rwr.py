@@ -23,7 +23,7 @@ from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.random import keyed_uniform
 from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer, Rollout
 from diffalign.training.online_config import OnlineConfig
-from diffalign.training.renoise import Timesteps, renoise
+from diffalign.training.renoise import Renoised, Timesteps, renoise
 from diffalign.training.scoring import pad_and_gather
 
 
@@ -96,8 +96,26 @@ class RWRTrainer(OnlineTrainer[RWRConfig]):
         return drawn
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        given = self._renoised(batch)
+        text = self._with_dropout(batch)
+        pred = self.family.predict(self.policy.denoiser, given.x_t, given.timesteps, text, batch.given.sizes)
+        errors = per_sample_mse(pred, given.target)
+        return (batch.weight * errors).mean(), {"error": errors.mean().detach()}
+
+    def health(self, batch: OnlineBatch) -> dict[str, float]:
+        """Mean squared distance of predictions to the base model's; in full fine-tuning that is not kept."""
+        if self.config.train_mode == "full":
+            return {}
+        given = self._renoised(batch)
+        args = given.x_t, given.timesteps, batch.given.text, batch.given.sizes
+        with self.policy.base() as base:
+            frozen = self.family.predict(base, *args)
+        own = self.family.predict(self.policy.modules[self.family.denoiser_part], *args)
+        return {"distance_to_reference": float(per_sample_mse(own, frozen).mean())}
+
+    def _renoised(self, batch: OnlineBatch) -> Renoised:
         config = self.config
-        given = renoise(
+        return renoise(
             self.family.noise_process,
             batch,
             self.steps,
@@ -105,18 +123,12 @@ class RWRTrainer(OnlineTrainer[RWRConfig]):
             config.timestep_choice,
             config.seed,
         )
-        text = self._with_dropout(batch)
-        pred = self.family.predict(self.policy.denoiser, given.x_t, given.timesteps, text, batch.given.sizes)
-        errors = per_sample_mse(pred, given.target)
-        return (batch.weight * errors).mean(), {"error": errors.mean().detach()}
 
     def _with_dropout(self, batch: OnlineBatch) -> dict[str, Tensor]:
         """The prompts' embeddings, some replaced by the unconditional ones."""
-        if batch.given.unconditional is None:
-            return dict(batch.given.text)
         keys = [("prompt dropout", *sample) for sample in batch.samples]
         dropped = (keyed_uniform(keys) < self.config.proportion_empty_prompts).to(batch.latents.device)
         return {
-            name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), batch.given.unconditional[name], value)
+            name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), self.unconditional[name].to(value), value)
             for name, value in batch.given.text.items()
         }

@@ -114,6 +114,25 @@ class Draws:
         return len(self.prompts)
 
 
+class PromptOrder:
+    """Which prompt is drawn at each place of a run: each pass over them in an order of its own, none left out.
+
+    Args:
+        prompts: how many the source has.
+        seed: of the run.
+    """
+
+    def __init__(self, prompts: int, seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+        self._pass: tuple[int, Tensor] | None = None
+
+    def __getitem__(self, place: int) -> int:
+        number, position = divmod(place, self.prompts)
+        if self._pass is None or self._pass[0] != number:
+            self._pass = number, keyed_permutation(self.prompts, self.seed, "prompts", number)
+        return int(self._pass[1][position])
+
+
 class GroupOrder:
     """The rollouts of a run: a pure function of the rollout's number.
 
@@ -124,8 +143,7 @@ class GroupOrder:
     """
 
     def __init__(self, prompts: int, seed: int, arithmetic: Arithmetic) -> None:
-        self.prompts, self.seed, self.arithmetic = prompts, seed, arithmetic
-        self._pass: tuple[int, Tensor] | None = None
+        self.order, self.seed, self.arithmetic = PromptOrder(prompts, seed), seed, arithmetic
 
     def draws(self, rollout: int, rank: int) -> Draws:
         """What process ``rank`` draws in rollout number ``rollout``."""
@@ -134,15 +152,8 @@ class GroupOrder:
         groups = rollout * a.groups + place // a.images_per_group
         member = place % a.images_per_group
         seeds = [key_seed(self.seed, "image", g, m) for g, m in zip(groups.tolist(), member.tolist(), strict=True)]
-        prompt_of = [self._prompt(int(group)) for group in groups]
+        prompt_of = [self.order[int(group)] for group in groups]
         return Draws(torch.tensor(prompt_of), groups, torch.tensor(seeds), place)
-
-    def _prompt(self, group: int) -> int:
-        """The prompt of a group: each pass over the prompts in an order of its own, none left out."""
-        number, position = divmod(group, self.prompts)
-        if self._pass is None or self._pass[0] != number:
-            self._pass = number, keyed_permutation(self.prompts, self.seed, "prompts", number)
-        return int(self._pass[1][position])
 
     def share(self, draws: Draws, update: int) -> Tensor:
         """Rows of a process's draws that update number ``update`` of the rollout trains on, int64."""

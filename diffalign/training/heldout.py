@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.data.prompts import read_prompts
 from diffalign.errors import UserError
-from diffalign.evaluation.stats import paired_difference
+from diffalign.evaluation.stats import PairedDifference, paired_difference
 from diffalign.training.online_config import PromptConfig
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 FILE = "heldout.jsonl"
 BEST = "best"
 
-Draw = Callable[[list[Prompt], list[int]], Tensor]
-"""Prompts and seeds of this process -> images (N, 3, H, W) in [0, 1], CPU."""
+Row = Mapping[str, Any]
+Total = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Heldout:
@@ -37,11 +38,22 @@ class Heldout:
     Args:
         config: of the run.
         trained: texts of the prompts it trains on; held-out ones among them are left out.
+        total: scores of all rewards by name, each (N,) -> the trained reward (N,), by what is known of rewards now;
+            running statistics move, and evaluations must be compared in one unit.
+        judges: names of the held-out rewards; where there are none, the trained reward judges.
+
+    Raises:
+        UserError: no prompts are left, or an early stop without a held-out reward.
     """
 
-    def __init__(self, config: PromptConfig, trained: set[str]) -> None:
+    def __init__(self, config: PromptConfig, trained: set[str], total: Total, judges: Sequence[str]) -> None:
         assert config.heldout_prompts is not None
-        self.config = config
+        if config.early_stop and not judges:
+            raise UserError(
+                "early_stop needs a reward that is not trained on to judge by: add one to rewards, such as "
+                "{reward: NAME, eval_only: true}"
+            )
+        self.config, self.total, self.judges = config, total, list(judges)
         found = read_prompts(config.heldout_prompts, limit=config.num_heldout_prompts)
         self.prompts = [prompt for prompt in found if prompt.text not in trained]
         if not self.prompts:
@@ -57,51 +69,72 @@ class Heldout:
         """Whether to judge after ``step`` steps of ``total``."""
         return step % self.config.evaluation_steps == 0 or step == total
 
-    def add(self, step: int, trained: Tensor, judges: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
+    def add(self, step: int, raw: Mapping[str, Tensor]) -> bool:
         """Take in an evaluation; returns whether it is the best so far.
 
         Args:
             step: optimiser steps done.
-            trained: combined trained reward of each prompt, (N,).
-            judges: held-out rewards by name, each (N,); where there are none, the trained reward judges.
-            raw: all rewards by name.
+            raw: all rewards by name, each (N,); NaN where an image could not be scored.
         """
-        judged = torch.stack([standard(values) for values in judges.values()]).mean(0) if len(judges) > 1 else None
-        scores = judged if judged is not None else next(iter(judges.values()), trained)
-        row = {
-            "step": step,
-            "trained": trained.tolist(),
-            "judge": scores.tolist(),
-            "means": {name: float(values.double().mean()) for name, values in raw.items()},
-        }
+        row = {"step": step, "raw": {name: _plain(values) for name, values in raw.items()}}
+        self.history = [r for r in self.history if r["step"] < step]
         best = self.best
-        self.history = [r for r in self.history if r["step"] < step] + [row]
+        self.history.append(row)
         self.worse_in_a_row = self.worse_in_a_row + 1 if best is not None and self._over_optimised(row, best) else 0
         return self.best is row
 
-    def _over_optimised(self, row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-        """The trained reward is above what it was at the best evaluation, the judge's significantly below."""
-        up = sum(row["trained"]) > sum(best["trained"])
-        return up and paired_difference(row["judge"], best["judge"]).high < 0
+    def _over_optimised(self, row: Row, best: Row) -> bool:
+        """The trained reward is above what it was at the best evaluation, the judge's significantly below.
+
+        The best of E evaluations is partly luck, so the interval is that of E comparisons (Bonferroni).
+        """
+        trained = self._change(self.trained, row, best)
+        judged = self._change(self.judge, row, best, 1 - 0.05 / len(self.history))
+        return trained is not None and judged is not None and trained.mean > 0 and judged.high < 0
+
+    def trained(self, row: Row) -> Tensor:
+        """The trained reward of an evaluation's images, (N,)."""
+        return self.total({name: _tensor(values) for name, values in row["raw"].items()})
+
+    def judge(self, row: Row) -> Tensor:
+        """What an evaluation is judged by, (N,): the held-out rewards, each over its first spread."""
+        if not self.judges:
+            return self.trained(row)
+        first = self.history[0]["raw"] if self.history else row["raw"]
+        values = [(_tensor(row["raw"][name]), _tensor(first[name])) for name in self.judges]
+        if len(values) == 1:
+            return values[0][0]
+        return torch.stack([score / _spread(start) for score, start in values]).mean(0)
+
+    def _change(
+        self, by: Callable[[Row], Tensor], row: Row, other: Row, confidence: float = 0.95
+    ) -> PairedDifference | None:
+        """Over the prompts that have a score in both; None where there is none, as before any running statistics."""
+        a, b = by(row), by(other)
+        both = torch.isfinite(a) & torch.isfinite(b)
+        return paired_difference(a[both].numpy(), b[both].numpy(), confidence=confidence) if both.any() else None
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The evaluation that the judge likes most."""
-        return max(self.history, key=lambda row: sum(row["judge"]), default=None)
+        return max(self.history, key=lambda row: float(self.judge(row).nanmean().nan_to_num(-torch.inf)), default=None)
 
     @property
     def should_stop(self) -> bool:
         return self.config.early_stop and self.worse_in_a_row >= self.config.early_stop_patience
 
-    def report(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def means(self, row: Row) -> dict[str, float]:
+        """Of each reward, over the images that have a score."""
+        return {name: float(_tensor(values).nanmean()) for name, values in row["raw"].items()}
+
+    def report(self, row: Row) -> dict[str, Any]:
         """A row of ``heldout.jsonl``: means, and the change since step 0 with its interval."""
-        first = self.history[0]
         change = {
-            name: [round(x, 6) for x in (d.mean, d.low, d.high)]
-            for name in ("trained", "judge")
-            for d in [paired_difference(row[name], first[name])]
+            name: d and [round(x, 6) for x in (d.mean, d.low, d.high)]
+            for name, by in (("trained", self.trained), ("judge", self.judge))
+            for d in [self._change(by, row, self.history[0])]
         }
-        means = {f"heldout/{name}": mean for name, mean in row["means"].items()}
+        means = {f"heldout/{name}": mean if math.isfinite(mean) else None for name, mean in self.means(row).items()}
         return {"step": row["step"], **means, "change_since_start": change, "best_step": (self.best or row)["step"]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,9 +146,18 @@ class Heldout:
         self.history, self.worse_in_a_row = list(state["history"]), state["worse_in_a_row"]
 
 
-def standard(values: Tensor) -> Tensor:
-    """Values over their own spread, so that judges of different units can be averaged: (N,) to (N,)."""
-    return values / values.std(correction=0).clamp(min=1e-6)
+def _plain(values: Tensor) -> list[float | None]:
+    """For JSON, which knows no NaN."""
+    return [value if math.isfinite(value) else None for value in values.double().tolist()]
+
+
+def _tensor(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Standard deviation of what is known, never 0: so that judges of different units can be averaged."""
+    return values[torch.isfinite(values)].std(correction=0).clamp(min=1e-6)
 
 
 def append_row(path: Path, row: Mapping[str, Any], step: int) -> None:
@@ -128,7 +170,7 @@ def append_row(path: Path, row: Mapping[str, Any], step: int) -> None:
 
 
 def keep_best(folder: Path, export: Callable[[Path], Any], step: int) -> None:
-    """Write the policy as the best so far: complete, or the one before."""
+    """Write the policy as the best so far, aside first: what is called ``best`` is complete."""
     aside, final = folder / f".{BEST}", folder / BEST
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

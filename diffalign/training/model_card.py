@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -32,11 +33,20 @@ image = pipe({prompt!r}).images[0]""",
 }
 
 
+_BEST = """
+`best/` holds the weights that the held-out rewards liked best; `heldout.jsonl` has every evaluation.
+"""
+
+
 def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan, output_dir: Path) -> Path:
     """Write ``README.md`` with the front matter the hub reads; returns its path."""
     prompts = config.validation_prompts or []
+    rewards = "".join(f"\n- {_reward(reward)}" for reward in getattr(config, "rewards", []))
+    rewards = f"\nRewards:\n{rewards}\n" if rewards else ""
     settings = to_dict(config)
     dataset = settings.get("dataset_name")
+    data = f"on `{dataset}`" if dataset else f"on rewards of its images for the prompts of `{settings.get('prompts')}`"
+    best = _BEST if (output_dir / "best").is_dir() else ""
     use = _how_to_use(config, output_dir)
     anew = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
     sheets = sorted((output_dir / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
@@ -46,8 +56,8 @@ def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan
 # {output_dir.name}
 
 {"A LoRA for" if config.train_mode == "lora" else "Fine-tuned weights of"} `{config.pretrained_model_name_or_path}`,
-trained with {method} on `{dataset}`: {plan.steps} steps of {plan.effective_batch} samples.
-{picture}
+trained with {method} {data}: {plan.steps} steps of {plan.effective_batch} samples.
+{rewards}{best}{picture}
 ## Use
 
 ```python
@@ -74,7 +84,7 @@ diffalign train {method} --config config.yaml --output_dir NEW_FOLDER{anew}
 ```
 """
     tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", method]
-    data = ModelCardData(
+    front = ModelCardData(
         base_model=config.pretrained_model_name_or_path,
         library_name="diffusers",
         license="other",
@@ -82,10 +92,19 @@ diffalign train {method} --config config.yaml --output_dir NEW_FOLDER{anew}
         datasets=[dataset] if dataset else None,
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    card = ModelCard(f"---\n{front.to_yaml()}\n---\n{text}")
     path = output_dir / "README.md"
     card.save(path)
     return path
+
+
+def _reward(reward: Any) -> str:
+    """A reward of a configuration, as a line."""
+    if not isinstance(reward, Mapping):
+        return f"`{reward}`"
+    notes = [f"weight {reward['weight']:g}"] if "weight" in reward else []
+    notes += ["judges only"] if reward.get("eval_only") else []
+    return f"`{reward.get('reward')}`" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _how_to_use(config: TrainingConfig, output_dir: Path) -> str:

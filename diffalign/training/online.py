@@ -24,11 +24,11 @@ from torch import Tensor
 
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.random import Key, keyed_permutation
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, UserError
 from diffalign.pipelines import Family
 from diffalign.training.advantages import PromptStatTracker
 from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
-from diffalign.training.loop import Batches, StopAsked
+from diffalign.training.loop import Batches, Plan, StopAsked
 from diffalign.training.online_config import OnlineConfig
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
@@ -56,7 +56,7 @@ class OnlineBatch:
     Attributes:
         given: what they were drawn for.
         latents: clean latents, (B, C, h, w) float32.
-        advantages, weight: (B,) float32; the weight is 0 for images that do not count, and has mean 1 over an update.
+        advantages, weight: (B,) float32; the weight is 0 for images that do not count, and has mean 1 over a rollout.
         rewards: combined reward, (B,) float32; NaN where an image has none.
         use: number of the rollout, of the inner epoch, and of this pass over the images.
         samples: what tells each image and use of it apart, for keyed randomness.
@@ -153,11 +153,20 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
     def make_batches(self) -> OnlineBatches:
         config = self.config
         self.read_prompts()
+        if self.needs.steps and not self.steps.stochastic:
+            raise UserError(
+                f"none of the {config.num_inference_steps} steps of {config.sampler} with eta {config.eta:g} has "
+                "noise, so none has a density to learn from: use eta 1, and 2 steps or more"
+            )
         self.arithmetic = replace(self.arithmetic, passes_per_image=self.passes_per_image())
         config.work_out(self.arithmetic)
         self.accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
-        self.scorer = RolloutScorer(config, self.accelerator, whole_groups=self.arithmetic.whole_groups())
+        self.judge_by(RolloutScorer(config, self.accelerator, whole_groups=self.arithmetic.whole_groups()))
         return OnlineBatches(self)
+
+    def _make_plan(self) -> Plan:
+        # Micro-batches are passes over images, and a step is counted in images.
+        return replace(super()._make_plan(), effective_batch=self.arithmetic.images_per_step)
 
     # Drawing ---------------------------------------------------------------------------------------------------
 
@@ -186,6 +195,7 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
         self.stats = {
             **scored.stats,
             "rollout": number,
+            "images": (number + 1) * self.arithmetic.images,
             "rollout_seconds": time.perf_counter() - start,
             "sampling_seconds": sampling,
             "reward_seconds": scored.seconds,
@@ -244,12 +254,19 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
     def training_step(self, stream: Iterator[OnlineBatch]) -> dict[str, float]:
         """One optimiser step; metrics of the rollout it belongs to stand beside its own."""
         metrics = super().training_step(stream)
-        if (self.step - 1) % self.arithmetic.steps_per_rollout == 0:
+        number, within = divmod(self.step - 1, self.arithmetic.steps_per_rollout)
+        if within == 0:
             self._check_ratio(metrics.get("log_ratio_error", 0.0))
             assert self.batches.first is not None
             with self.accelerator.autocast(), torch.no_grad():
                 self.stats |= self.health(self.batches.first)
+        if self.may_stop():
+            # Here and not before the next rollout: a run that is stopped while it draws must not come by this twice.
+            self.after_rollout(number)
         return {**metrics, **self.stats}
+
+    def after_rollout(self, number: int) -> None:
+        """Called when rollout ``number`` has been trained on, before a checkpoint: where slow copies move."""
 
     def health(self, batch: OnlineBatch) -> dict[str, float]:
         """What is looked at once a rollout, on its first micro-batch; on the main process it is logged."""
@@ -280,12 +297,19 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
 
     def facts(self) -> Mapping[str, str]:
         a, config = self.arithmetic, self.config
-        network = a.images * config.num_inference_steps * (2 if config.guidance_scale != 1 else 1)
+        guided = 2 if config.guidance_scale != 1 else 1
+        drawing = a.images * config.num_inference_steps * guided
+        # Only what replays steps of the sampler trains with its guidance.
+        training = a.images * a.epochs * a.passes_per_image * (guided if self.needs.steps else 1)
+        rollouts = self.plan.steps / a.steps_per_rollout
         return {
+            "data": f"{len(self.prompts):,} prompts of {config.prompts}",
             "rollout": f"{a.images} images = {a.groups} prompts x {a.images_per_group}; {config.num_inference_steps} "
-            f"{config.sampler} steps, eta {config.eta:g}, guidance {config.guidance_scale:g}: {network:,} samples "
-            "through the network",
-            "updates": f"{a.steps_per_rollout} a rollout ({a.updates} shares x {a.epochs} inner epochs) of "
-            f"{a.images_per_step} images x {a.passes_per_image} passes",
+            f"{config.sampler} steps, eta {config.eta:g}, guidance {config.guidance_scale:g}",
+            "batch": f"{a.images_per_step} images an update, {a.micro_batch} at once on each of {a.world_size} "
+            f"process{'es' if a.world_size > 1 else ''}, {a.passes_per_image} passes over each",
+            "steps": f"{self.plan.steps:,} updates, {a.steps_per_rollout} a rollout ({a.updates} shares x {a.epochs} "
+            f"inner epochs): {rollouts:,.0f} rollouts, {rollouts * a.images:,.0f} images",
+            "network": f"{drawing:,} samples through it to draw a rollout, {training:,} to train on it",
             "rewards": self.scorer.describe(),
         }

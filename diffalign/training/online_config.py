@@ -47,7 +47,7 @@ class PromptConfig(TrainingConfig):
 
     # Held-out evaluation
     heldout_prompts: str | None = field(
-        None, help="Prompts to judge by, never trained on; takes the same as prompts, and shapes-heldout."
+        None, help="Prompts to judge by, never trained on; takes the same as prompts, such as shapes-heldout."
     )
     num_heldout_prompts: int = field(64, help="How many of them, one image each.")
     evaluation_steps: int = field(50, help="Judge every so many optimiser steps, at step 0 and at the end.")
@@ -70,13 +70,22 @@ class PromptConfig(TrainingConfig):
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("eta", self.eta >= 0, "0 or more")
-        self._require("guidance_scale", self.guidance_scale >= 1, "at least 1")
+        for name in ("guidance_scale", "evaluation_guidance_scale"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
+        if self.train_text_encoder:
+            raise UserError(
+                "train_text_encoder: prompts of a rollout are encoded once, so methods on rewards train the denoiser "
+                "alone. Leave it off."
+            )
         if self.max_train_steps is None:
             raise UserError("say max_train_steps: a run on prompts has no end of its own")
         if not self.rewards:
             raise UserError("rewards is empty: name at least one, for example rewards: [pickscore]")
         if self.early_stop and not self.heldout_prompts:
             raise UserError("early_stop needs heldout_prompts to judge by")
+        if self.early_stop and self.combine == "vote":
+            raise UserError("early_stop compares evaluations, and votes within one cannot be: use another combine")
 
 
 @dataclass(kw_only=True)
@@ -127,13 +136,15 @@ class OnlineConfig(PromptConfig):
                 f"advantage {self.advantage} compares images of one prompt: num_images_per_prompt must be at least 2, "
                 "or use advantage tracker or batch"
             )
-        every, steps = self.checkpointing_steps, self.num_updates_per_rollout * self.num_inner_epochs
-        if every % steps:
-            near = max(steps, round(every / steps) * steps)
-            raise UserError(
-                f"checkpointing_steps {every} falls within a rollout of {steps} steps, from where nothing can be "
-                f"resumed; use {near}"
-            )
+        steps = self.num_updates_per_rollout * self.num_inner_epochs
+        for name in ("checkpointing_steps", "max_train_steps"):
+            every = getattr(self, name)
+            if every % steps:
+                near = max(steps, round(every / steps) * steps)
+                raise UserError(
+                    f"{name} {every} falls within a rollout of {steps} steps, from where nothing can be resumed; "
+                    f"use {near}"
+                )
 
     def work_out(self, arithmetic: Arithmetic) -> None:
         """Set what follows from the sizes of a rollout.

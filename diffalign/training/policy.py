@@ -249,7 +249,13 @@ class Policy:
             for name, parameter in parameters.items():
                 parameter.copy_(stored[name])
             for copy_name, values in self.copies.items():
-                kept = load_file(folder / COPY_FILE.format(copy_name))
+                file = folder / COPY_FILE.format(copy_name)
+                if not file.is_file():
+                    raise UserError(
+                        f"{folder} has no copy {copy_name!r} of the weights, which these settings need. Resume with "
+                        "the settings it was made with, or start a new run."
+                    )
+                kept = load_file(file)
                 for value, name in zip(values, parameters, strict=True):
                     value.copy_(kept[name])
             if self.ema is not None:

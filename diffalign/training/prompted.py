@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,12 +47,17 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
     needs: ClassVar[PromptNeeds] = PromptNeeds()
     scorer: Scorer
 
+    heldout: Heldout | None = None
+    _nothing: dict[str, Tensor] | None = None
+
     def __init__(self, config: Config, family: Family | None = None) -> None:
         super().__init__(config, family)
-        for name in self.needs.copies:
+        for name in self.copies():
             self.policy.add_copy(name)
-        texts = {prompt.text for prompt in self.prompts}
-        self.heldout = Heldout(config, texts) if config.heldout_prompts else None
+
+    def copies(self) -> tuple[str, ...]:
+        """The slow copies that these settings need; each takes as much memory as what trains."""
+        return self.needs.copies
 
     def read_prompts(self) -> None:
         """Read the prompts and make the sampler's steps; the first thing that ``make_batches`` does."""
@@ -67,10 +73,23 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         side = config.resolution or self.family.default_resolution
         self.latent_shape = self.family.latent_shape(side, side)
 
+    def judge_by(self, scorer: Scorer) -> None:
+        """Take the rewards, and what is held out for them to judge; before a model is loaded, and checked."""
+        self.scorer = scorer
+        scorer.check(self.prompts, self.config.prompts)
+        if self.config.heldout_prompts:
+            texts = {prompt.text for prompt in self.prompts}
+            self.heldout = Heldout(self.config, texts, self._total, scorer.judges)
+            scorer.check(self.heldout.prompts, self.config.heldout_prompts)
+
+    def _total(self, raw: Mapping[str, Tensor]) -> Tensor:
+        assert self.heldout is not None
+        return self.scorer.total(raw, self.heldout.prompts)
+
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Embeddings of each image's prompt, on the CPU; a prompt that comes often is encoded once."""
         unique = list(dict.fromkeys(prompts))
-        with torch.no_grad():
+        with torch.no_grad(), self._no_autocast():
             parts = [
                 self.family.encode_prompts(unique[i : i + _ENCODED_AT_ONCE])
                 for i in range(0, len(unique), _ENCODED_AT_ONCE)
@@ -84,10 +103,18 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         device = self.accelerator.device
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         moved = {name: value.to(device) for name, value in text.items()}
-        if scale == 1:
-            return Condition(moved)
-        with torch.no_grad():
-            return Condition(moved, self.family.encode_unconditional(), scale)
+        return Condition(moved, None if scale == 1 else self.unconditional, scale)
+
+    @property
+    def unconditional(self) -> dict[str, Tensor]:
+        """What stands for no prompt, encoded once, in one precision: drawing and training must see the same."""
+        if self._nothing is None:
+            with torch.no_grad(), self._no_autocast():
+                self._nothing = self.family.encode_unconditional()
+        return self._nothing
+
+    def _no_autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.accelerator.device.type, enabled=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] of latents, on the CPU, without gradient."""
@@ -103,13 +130,18 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
     def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
         if self.heldout is not None and self.heldout.due(self.step, self.plan.steps):
             self._judge(log)
-            self.done = self.heldout.should_stop
-            if self.done:
+            if self.heldout.should_stop:
+                self._end_early()
                 log.say(
                     f"step {self.step}: the trained reward went on rising while the held-out one fell significantly "
                     f"{self.heldout.worse_in_a_row} evaluations in a row: stopped. The best LoRA, of step "
                     f"{(self.heldout.best or {})['step']}, is in {self.output_dir / BEST}."
                 )
+
+    def _end_early(self) -> None:
+        """End the run here: the plan is what was done."""
+        self.done = True
+        self.plan = replace(self.plan, steps=self.step)
 
     def _judge(self, log: RunLog) -> None:
         """Draw the held-out prompts, score them by every reward, keep the policy if it is the best so far."""
@@ -119,13 +151,12 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         scores = self._score_heldout([prompts[i] for i in mine], list(mine))
         table = pad_and_gather(self.accelerator, mine, scores, len(prompts))
-        raw = dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True))
-        trained = self.scorer.total(raw, prompts)
-        is_best = self.heldout.add(self.step, trained, {n: raw[n] for n in self.scorer.judges}, raw)
+        # The same table on every process, so that all of them agree on what is best and when to stop.
+        is_best = self.heldout.add(self.step, dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True)))
         if self.accelerator.is_main_process:
-            row = self.heldout.report(self.heldout.history[-1])
-            append_row(self.output_dir / HELDOUT_FILE, row, self.step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.history[-1]["means"].items())
+            row = self.heldout.history[-1]
+            append_row(self.output_dir / HELDOUT_FILE, self.heldout.report(row), self.step)
+            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.means(row).items())
             log.say(f"step {self.step}: held-out {means}{' (best so far)' if is_best else ''}")
             if is_best:
                 keep_best(self.output_dir, self.policy.export, self.step)
@@ -134,6 +165,8 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
     def _score_heldout(self, prompts: list[Prompt], places: list[int]) -> Tensor:
         """Scores of held-out images, (N, rewards)."""
         config = self.config
+        if not prompts:  # More processes than prompts.
+            return torch.zeros(0, len(self.scorer.rewards.names))
         scale = config.guidance_scale if config.evaluation_guidance_scale is None else config.evaluation_guidance_scale
         steps = make_steps(
             self.family.noise_process,
@@ -150,7 +183,7 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
                 denoiser = self.policy.modules[self.family.denoiser_part]
                 drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
                 parts.append(self.scorer.judge(self.decode(drawn.latents), chosen, seeds))
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.scorer.rewards.names))
+        return torch.cat(parts)
 
     # Resuming --------------------------------------------------------------------------------------------------
 
@@ -168,3 +201,5 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         self.scorer.load_state_dict(state["scorer"])
         if self.heldout is not None and state["heldout"] is not None:
             self.heldout.load_state_dict(state["heldout"])
+            if self.heldout.should_stop:
+                self._end_early()

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 _BAR = {
     "loss": "loss",
+    "reward": "reward",
     "implicit_accuracy": "acc",
     "validation_accuracy": "val",
     "margin": "margin",

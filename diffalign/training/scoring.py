@@ -41,7 +41,8 @@ class Scored:
         flat: images of one colour all over, bool (N,).
         seconds: spent in rewards.
         total: combined reward, (N,), set by :meth:`RolloutScorer.weigh`.
-        advantages, weight: (N,), set there too; the weight is 0 for images that do not count, and 1 on average.
+        advantages, weight: (N,), set there too; the weight is 0 for images that do not count, and 1 on average over
+            the rollout.
         stats: of the whole rollout, over all processes, set there too.
     """
 
@@ -85,6 +86,19 @@ class Scorer:
         self.judges = [m.name for m in self.rewards.members if m.eval_only]
         # Held-out rewards cost time and are not for training: images to train on are scored without them.
         self.training_rewards = RewardSet(trained, mode=config.combine, policy=self.rewards.policy)
+
+    def check(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Raise a UserError where a reward cannot judge a prompt, or a prompt lacks metadata that one needs."""
+        self.rewards.check_prompts([prompt.text for prompt in prompts])
+        for reward in self.rewards.rewards:
+            for index, prompt in enumerate(prompts):
+                missing = [key for key in reward.required_metadata if key not in prompt.metadata]
+                if missing:
+                    raise UserError(
+                        f"the reward {reward.name} needs {', '.join(missing)} with every prompt, and prompt {index} "
+                        f"of {source} ({prompt.text!r:.80}) has none. JSONL: "
+                        f'{{"prompt": ..., "{missing[0]}": ...}}; or a table with that column.'
+                    )
 
     def judge(self, images: Tensor, prompts: Sequence[Prompt], groups: Sequence[int]) -> Tensor:
         """Scores of images by every reward, held-out ones too, in the order of ``rewards.names``: (B, rewards)."""
@@ -211,24 +225,28 @@ class RolloutScorer(Scorer):
             "group": draws.groups,
             "prompt": draws.prompts,
             "flat": scored.flat,
-            "distance": within_group_distance(scored.thumbnails, draws.groups),
             **{f"raw/{name}": values for name, values in scored.raw.items()},
         }
         # Float64 holds every integer here exactly.
         local = torch.stack([column.double() for column in columns.values()], 1).to(self.accelerator.device)
         table: Tensor = self.accelerator.gather(local).cpu()
-        table = table[table[:, 0].argsort()]
-        return dict(zip(columns, table.unbind(1), strict=True))
+        order = table[:, 0].argsort()
+        whole = dict(zip(columns, table[order].unbind(1), strict=True))
+        # A group may be drawn by several processes, so its images are compared after they are brought together.
+        small: Tensor = self.accelerator.gather(scored.thumbnails.to(self.accelerator.device)).cpu()
+        whole["distance"] = within_group_distance(small[order], whole["group"])
+        return whole
 
     def _stats(self, whole: Mapping[str, Tensor], total: Tensor, dead: Tensor) -> dict[str, float]:
         stats = {
             "reward": _mean(total),
             "reward_std": _std(total),
-            "zero_variance_groups": len(whole["group"][dead].unique()) / len(whole["group"].unique()),
-            "group_distance": _mean(whole["distance"]),
             "flat_images": _mean(whole["flat"]),
             "failed_images": 1 - _mean(torch.isfinite(total).double()),
         }
+        if self.config.num_images_per_prompt > 1:
+            stats["zero_variance_groups"] = len(whole["group"][dead].unique()) / len(whole["group"].unique())
+            stats["group_distance"] = _mean(whole["distance"])
         for name in self.weights:
             values = whole[f"raw/{name}"]
             stats |= {f"reward/{name}": _mean(values), f"reward_std/{name}": _std(values)}

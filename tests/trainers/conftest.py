@@ -71,3 +71,63 @@ def write_pairs(tmp_path: Path) -> Callable[[list[dict[str, object]]], Path]:
         return folder
 
     return write
+
+
+ONLINE_REWARDS = """
+import torch
+from diffalign.rewards import Reward
+
+def red(images, prompts, metadata):
+    return images[:, 0].flatten(1).mean(1)
+
+def blue(images, prompts, metadata):
+    return -images[:, 0].flatten(1).mean(1)
+
+def broken(images, prompts, metadata):
+    raise RuntimeError("the scorer is down")
+
+def wanted(images, prompts, metadata):
+    return images.flatten(1).mean(1) * torch.tensor([float(row["sign"]) for row in metadata])
+
+class Red(Reward):
+    name = "red"
+    differentiable = True
+
+    def score(self, images, prompts, metadata):
+        return images[:, 0].flatten(1).mean(1)
+
+class Signed(Red):
+    name = "signed"
+    required_metadata = ("sign",)
+"""
+
+
+@pytest.fixture
+def online_settings(tiny_sdxl_path: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Makes the settings of four updates on two rollouts of eight images."""
+    (tmp_path / "rewards.py").write_text(ONLINE_REWARDS)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
+
+    def make(**overrides: Any) -> dict[str, Any]:
+        chosen: dict[str, Any] = {
+            "pretrained_model_name_or_path": tiny_sdxl_path,
+            "output_dir": str(tmp_path / "run"),
+            "prompts": str(tmp_path / "prompts.txt"),
+            "rewards": [f"{tmp_path}/rewards.py:red"],
+            "resolution": 16,
+            "num_prompts_per_rollout": 2,
+            "num_images_per_prompt": 4,
+            "num_updates_per_rollout": 2,
+            "rollout_batch_size": 4,
+            "train_batch_size": 4,
+            "num_inference_steps": 3,
+            "guidance_scale": 2.0,
+            "max_train_steps": 4,
+            "learning_rate": 1e-3,
+            "rank": 2,
+            "checkpointing_steps": 2,
+            "report_to": ["none"],
+        }
+        return {**chosen, **overrides}
+
+    return make

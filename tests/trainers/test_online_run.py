@@ -16,50 +16,9 @@ from diffalign.rewards.base import RewardError
 from diffalign.trainers import load_method
 from diffalign.training.steps import Stopped
 
+Settings = Callable[..., dict[str, Any]]
+
 METHODS = ("ddpo", "rwr", "awm", "nft")
-REWARDS = """
-import torch
-
-def red(images, prompts, metadata):
-    return images[:, 0].flatten(1).mean(1)
-
-def blue(images, prompts, metadata):
-    return -images[:, 0].flatten(1).mean(1)
-
-def broken(images, prompts, metadata):
-    raise RuntimeError("the scorer is down")
-"""
-
-
-@pytest.fixture
-def settings(tiny_sdxl_path: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Makes the settings of four updates on two rollouts of eight images."""
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
-
-    def make(**overrides: Any) -> dict[str, Any]:
-        chosen: dict[str, Any] = {
-            "pretrained_model_name_or_path": tiny_sdxl_path,
-            "output_dir": str(tmp_path / "run"),
-            "prompts": str(tmp_path / "prompts.txt"),
-            "rewards": [f"{tmp_path}/rewards.py:red"],
-            "resolution": 16,
-            "num_prompts_per_rollout": 2,
-            "num_images_per_prompt": 4,
-            "num_updates_per_rollout": 2,
-            "rollout_batch_size": 4,
-            "train_batch_size": 4,
-            "num_inference_steps": 3,
-            "guidance_scale": 2.0,
-            "max_train_steps": 4,
-            "learning_rate": 1e-3,
-            "rank": 2,
-            "checkpointing_steps": 2,
-            "report_to": ["none"],
-        }
-        return {**chosen, **overrides}
-
-    return make
 
 
 def run(method: str, settings: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
@@ -75,7 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_resumed_between_rollouts_is_the_run_that_was_not_stopped(
-    method: str, settings: Callable[..., dict[str, Any]], tmp_path: Path
+    method: str, online_settings: Settings, tmp_path: Path
 ) -> None:
     own: dict[str, Any] = {
         "use_ema": True,
@@ -85,11 +44,11 @@ def test_a_run_resumed_between_rollouts_is_the_run_that_was_not_stopped(
         "num_heldout_prompts": 3,
         "evaluation_steps": 2,
     }
-    _, whole = run(method, settings(**own))
+    _, whole = run(method, online_settings(**own))
     whole_weights = weights(tmp_path / "run")
     other = str(tmp_path / "other")
-    run(method, settings(**own, output_dir=other, max_train_steps=2, lr_scheduler="constant"))
-    _, resumed = run(method, settings(**own, output_dir=other, resume_from_checkpoint="latest"))
+    run(method, online_settings(**own, output_dir=other, max_train_steps=2, lr_scheduler="constant"))
+    _, resumed = run(method, online_settings(**own, output_dir=other, resume_from_checkpoint="latest"))
     timed = ("seconds", "per_second")
     for name in whole[-1]:
         if not name.endswith(timed):
@@ -101,18 +60,18 @@ def test_a_run_resumed_between_rollouts_is_the_run_that_was_not_stopped(
     assert [row["step"] for row in rows] == [0, 2, 4]
 
 
-def test_the_ratio_is_one_before_the_first_update_of_each_rollout(settings: Callable[..., dict[str, Any]]) -> None:
-    _, rows = run("ddpo", settings())
+def test_the_ratio_is_one_before_the_first_update_of_each_rollout(online_settings: Settings) -> None:
+    _, rows = run("ddpo", online_settings())
     assert [row["log_ratio_error"] for row in rows[::2]] == [0, 0]
     assert all(row["log_ratio_error"] > 0 for row in rows[1::2])
     assert [row["rollout"] for row in rows] == [0, 0, 1, 1]
 
 
 def test_training_that_sees_another_network_than_sampling_is_stopped(
-    settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    online_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config_class, trainer_class = load_method("ddpo")
-    trainer = trainer_class(config_class(**settings()))
+    trainer = trainer_class(config_class(**online_settings()))
     draw = trainer._draw
 
     def other_guidance(*args: Any) -> Any:
@@ -125,16 +84,16 @@ def test_training_that_sees_another_network_than_sampling_is_stopped(
         trainer.train()
 
 
-def test_the_reward_that_is_trained_rises(settings: Callable[..., dict[str, Any]]) -> None:
+def test_the_reward_that_is_trained_rises(online_settings: Settings) -> None:
     own = {"max_train_steps": 16, "num_updates_per_rollout": 1, "checkpointing_steps": 0, "learning_rate": 1e-2}
-    _, rows = run("ddpo", settings(**own, clip_range=1.0, guidance_scale=1.0, max_prompts=1))
+    _, rows = run("ddpo", online_settings(**own, clip_range=1.0, guidance_scale=1.0, max_prompts=1))
     first, last = (sum(row["reward"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
     assert last > first + rows[0]["reward_std"]
 
 
-def test_a_signal_while_images_are_drawn_saves_where_it_stands(settings: Callable[..., dict[str, Any]]) -> None:
+def test_a_signal_while_images_are_drawn_saves_where_it_stands(online_settings: Settings) -> None:
     config_class, trainer_class = load_method("awm")
-    trainer = trainer_class(config_class(**settings()))
+    trainer = trainer_class(config_class(**online_settings()))
     drawn = trainer.collect
 
     def asked(number: int) -> Any:
@@ -147,9 +106,9 @@ def test_a_signal_while_images_are_drawn_saves_where_it_stands(settings: Callabl
     assert (trainer.output_dir / "checkpoint-2" / "trainer_state.json").exists()
 
 
-def test_a_signal_between_updates_waits_for_the_end_of_the_rollout(settings: Callable[..., dict[str, Any]]) -> None:
+def test_a_signal_between_updates_waits_for_the_end_of_the_rollout(online_settings: Settings) -> None:
     config_class, trainer_class = load_method("awm")
-    trainer = trainer_class(config_class(**settings()))
+    trainer = trainer_class(config_class(**online_settings()))
     loss = trainer.compute_loss
 
     def asked(batch: Any) -> Any:
@@ -161,16 +120,12 @@ def test_a_signal_between_updates_waits_for_the_end_of_the_rollout(settings: Cal
         trainer.train()
 
 
-def test_a_reward_that_fails_ends_the_run_and_says_which(
-    settings: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_reward_that_fails_ends_the_run_and_says_which(online_settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="the scorer is down"):
-        run("ddpo", settings(rewards=[f"{tmp_path}/rewards.py:broken"]))
+        run("ddpo", online_settings(rewards=[f"{tmp_path}/rewards.py:broken"]))
 
 
-def test_over_optimisation_ends_the_run_and_the_best_policy_is_kept(
-    settings: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_over_optimisation_ends_the_run_and_the_best_policy_is_kept(online_settings: Settings, tmp_path: Path) -> None:
     judged = {"reward": f"{tmp_path}/rewards.py:blue", "eval_only": True}
     steps = {
         "max_train_steps": 60,
@@ -184,7 +139,7 @@ def test_over_optimisation_ends_the_run_and_the_best_policy_is_kept(
         "evaluation_steps": 4,
         "early_stop": True,
     }
-    trainer, rows = run("ddpo", settings(**steps, rewards=[f"{tmp_path}/rewards.py:red", judged]))
+    trainer, rows = run("ddpo", online_settings(**steps, rewards=[f"{tmp_path}/rewards.py:red", judged]))
     assert len(rows) < 60
     best = json.loads((tmp_path / "run" / "best" / "step.json").read_text())["step"]
     assert best < rows[-1]["step"] == trainer.step
@@ -204,19 +159,17 @@ def test_over_optimisation_ends_the_run_and_the_best_policy_is_kept(
         ({"gradient_accumulation_steps": 7}, "does not fit"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(
-    own: dict[str, Any], message: str, settings: Callable[..., dict[str, Any]]
-) -> None:
+def test_sizes_that_do_not_fit_are_refused(own: dict[str, Any], message: str, online_settings: Settings) -> None:
     config_class, trainer_class = load_method("awm")
     with pytest.raises(UserError, match=message):
-        trainer_class(config_class(**settings(**own)))
+        trainer_class(config_class(**online_settings(**own)))
 
 
 def test_a_sampler_without_noise_and_dropout_are_refused_where_a_ratio_is_needed(
-    settings: Callable[..., dict[str, Any]],
+    online_settings: Settings,
 ) -> None:
-    config_class, _ = load_method("ddpo")
+    config_class, trainer_class = load_method("ddpo")
     with pytest.raises(UserError, match="use eta 1"):
-        config_class(**settings(eta=0.0))
+        trainer_class(config_class(**online_settings(eta=0.0)))
     with pytest.raises(UserError, match="lora_dropout"):
-        config_class(**settings(lora_dropout=0.1))
+        config_class(**online_settings(lora_dropout=0.1))
