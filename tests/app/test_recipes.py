@@ -13,6 +13,8 @@ from diffalign.making.iterate import IterateConfig
 from diffalign.making.pairs import PairsConfig
 from diffalign.trainers import load_method
 from diffalign.trainers.reward.config import RewardTrainingConfig
+from diffalign.training.groups import Arithmetic
+from diffalign.training.online_config import PromptConfig
 
 
 def method_of(name: str) -> str:
@@ -31,8 +33,35 @@ def test_every_recipe_fits_its_method(name: str) -> None:
     else:
         method = method_of(name)
         config_class = RewardTrainingConfig if method == "reward" else load_method(method)[0]
+        if issubclass(config_class, PromptConfig):
+            given = {"output_dir": "out", "prompts": "prompts.txt"}
     config = from_dict(config_class, {**given, **settings}, name)
     assert config.pretrained_model_name_or_path
+
+
+ON_ROLLOUTS = [name for name in recipes.names() if "num_prompts_per_rollout" in load_yaml(recipes.find(name))]
+
+
+@pytest.mark.parametrize("name", ON_ROLLOUTS)
+def test_sizes_of_rollouts_go_into_each_other_on_the_machine_of_the_name(name: str) -> None:
+    settings = load_yaml(recipes.find(name))
+    arithmetic = Arithmetic(
+        groups=settings["num_prompts_per_rollout"],
+        images_per_group=settings["num_images_per_prompt"],
+        updates=settings["num_updates_per_rollout"],
+        epochs=1,
+        micro_batch=settings["train_batch_size"],
+        passes_per_image=1,
+        world_size=8 if "8x" in name else 1,
+    )
+    arithmetic.check()
+    assert arithmetic.whole_groups()
+    # The ratio of a step is 1 in bf16 only if both sides see batches of one size.
+    assert (
+        settings["method"] != "ddpo"
+        or "bf16" not in settings.values()
+        or (settings["rollout_batch_size"] == settings["train_batch_size"])
+    )
 
 
 @pytest.mark.parametrize("name", recipes.names())
