@@ -25,7 +25,8 @@ _COLUMNS = ("prompt", "caption", "text")
 _FORMS = (
     'Give a text file with a prompt a line, a JSONL file of {"prompt": ...}, a parquet file or a folder of them with '
     "a column (prompts.parquet:COLUMN), hub:NAME:COLUMN, package.module:function, path/to/file.py:function, or the "
-    f"word {SHAPES_HELDOUT} or {SHAPES_TRAIN}."
+    f"word {SHAPES_HELDOUT}, {SHAPES_TRAIN} or diffalign-small; or a published set as partiprompts:PLACE (also hpsv2, "
+    "drawbench, pickapic, geneval, t2i-compbench)."
 )
 
 
@@ -51,6 +52,8 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
             - ``hub:NAME:COLUMN``, or ``hub:NAME@SPLIT:COLUMN`` for another split than train: a data set of the hub;
             - ``package.module:function`` or ``path/to/file.py:function``: a function without arguments that returns
               (or yields) prompts, or pairs of a prompt and its metadata;
+            - "diffalign-small" or ``WORD:PLACE``, a published set, see :mod:`diffalign.data.prompt_sets`; a limit then
+              takes evenly from its categories;
             - a list of prompts;
             - "shapes-heldout": captions of the shapes world that no training split holds, drawn by ``seed``; or
               "shapes-train": captions of the training split.
@@ -66,6 +69,8 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     if isinstance(source, str) and source in _SHAPES_COUNT:
         count = limit or _SHAPES_COUNT[source]
         return [Prompt(text) for text in sample_captions(count, seed, heldout=source == SHAPES_HELDOUT)]
+    if isinstance(source, str) and _is_prompt_set(source):
+        return _read_set(source, limit)
     if isinstance(source, (str, Path)):
         prompts = list(islice(_open(str(source)), limit))
     else:
@@ -73,6 +78,18 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     if not prompts:
         raise UserError(f"{source}: no prompts there. Write one a line.")
     return prompts
+
+
+def _is_prompt_set(source: str) -> bool:
+    from diffalign.data.prompt_sets import is_prompt_set
+
+    return is_prompt_set(source) and not Path(source).exists()
+
+
+def _read_set(source: str, limit: int | None) -> list[Prompt]:
+    from diffalign.data.prompt_sets import read_prompt_set, spread
+
+    return spread(read_prompt_set(source), limit)
 
 
 def _open(source: str) -> Iterable[Prompt]:
