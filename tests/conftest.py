@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -13,15 +14,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
-def _tiny():  # type: ignore[no-untyped-def]
-    """The module tests/tiny.py, imported late because it imports diffusers."""
+def _beside(name: str):  # type: ignore[no-untyped-def]
+    """A module of tests/, imported late because it imports what not every test needs."""
     folder = str(Path(__file__).parent)
     sys.path.insert(0, folder)
     try:
-        import tiny
+        return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
-    return tiny
+
+
+def _tiny():  # type: ignore[no-untyped-def]
+    return _beside("tiny")
+
+
+@pytest.fixture(scope="session")
+def _chromium():  # type: ignore[no-untyped-def]
+    with _beside("browser").chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(_chromium):  # type: ignore[no-untyped-def]
+    """A window of headless Chromium, light and of a desktop's size; see tests/browser.py."""
+    _chromium.look()
+    return _chromium
 
 
 @pytest.fixture(scope="session")

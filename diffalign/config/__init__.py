@@ -18,12 +18,14 @@ A config is a keyword-only dataclass whose fields carry their own help::
 Keys and flags have the names of the fields. A key that no field has is an error, never ignored.
 """
 
+from diffalign.config.command import command_line
 from diffalign.config.fields import field, from_dict, to_dict
 from diffalign.config.files import load_yaml, parse_yaml, save_yaml, write_text
 from diffalign.config.flags import Parser, parse_args
 
 __all__ = [
     "Parser",
+    "command_line",
     "field",
     "from_dict",
     "load_yaml",

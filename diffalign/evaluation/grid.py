@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
 
-from diffalign.config import field
+from diffalign.config import command_line, field
 from diffalign.errors import UserError
 from diffalign.evaluation.folder import Case, SampleFolder, write_rows
+from diffalign.evaluation.html import Page, PageCell, PageRow, write_page
 from diffalign.evaluation.models import ModelSpec, unique_names
 from diffalign.evaluation.page import make_grid
 from diffalign.evaluation.sampling import DrawConfig, Drawer, cases_of, slug
@@ -40,11 +42,17 @@ class GridConfig(DrawConfig):
     cell: int | None = field(None, help="Longest side of a shown image in pixels. Default: its own, in 160 to 384.")
     title: str | None = field(None, help="Title of the grid.")
     font: str | None = field(None, help="Font file for the labels, for scripts that the built-in font lacks.")
+    html: Literal["inside", "beside", "none"] = field(
+        "inside", help="Write grid.html too: one file with the images inside, or one that links to them, or none."
+    )
+    html_rows: int | None = field(None, help="Rows of grid.html, from the first. Default: all.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rows < 1:
             raise UserError(f"rows must be at least 1, got {self.rows}")
+        if self.html_rows is not None and self.html_rows < 1:
+            raise UserError(f"html_rows must be at least 1, got {self.html_rows}")
         if not self.base and not self.models:
             raise UserError("nothing to compare: give --models, or leave the base in")
 
@@ -62,6 +70,7 @@ class GridResult:
 
     Attributes:
         path: the picture.
+        page: the HTML page; None where none was asked for.
         scores: of every image, by scorer and model; in the order of the cases; NaN where scoring failed.
         win_rates: of every model but the first against the first, by scorer and model.
     """
@@ -69,6 +78,7 @@ class GridResult:
     path: Path
     scores: Mapping[str, Mapping[str, Floats]]
     win_rates: Mapping[str, Mapping[str, WinRate]]
+    page: Path | None = None
 
     def lines(self) -> Iterator[str]:
         """Means and win rates in words."""
@@ -82,7 +92,7 @@ class GridResult:
 
 
 def run_grid(config: GridConfig) -> GridResult | None:
-    """Draw what is missing, score, write ``grid.png`` and ``scores.jsonl``, and print the win rates.
+    """Draw what is missing, score, write ``grid.png``, ``grid.html`` and ``scores.jsonl``, and print the win rates.
 
     Returns:
         None on processes other than the first, which only help to draw.
@@ -101,12 +111,16 @@ def run_grid(config: GridConfig) -> GridResult | None:
         return None
     drawer.release()
     scores = {name: _score(reward, folders, cases) for name, reward in scorers.items()}
-    result = GridResult(root / "grid.png", scores, {name: _compare(by, cases) for name, by in scores.items()})
+    rates = {name: _compare(by, cases) for name, by in scores.items()}
+    result = GridResult(root / "grid.png", scores, rates, None if config.html == "none" else root / "grid.html")
     _write_scores(root / "scores.jsonl", folders, cases, scores)
     _draw(config, specs, folders, cases, result)
+    _write_html(config, folders, cases, result)
     for line in result.lines():
         print(line)
     print(result.path)
+    if result.page is not None:
+        print(result.page)
     return result
 
 
@@ -180,6 +194,36 @@ def _draw(
     aside = result.path.with_name(".grid.tmp.png")
     page.save(aside)
     aside.replace(result.path)
+
+
+def _write_html(
+    config: GridConfig, folders: Mapping[str, SampleFolder], cases: Sequence[Case], result: GridResult
+) -> None:
+    if result.page is None or config.html == "none":
+        return
+    shown = cases[: config.html_rows]
+    shared = next(iter(result.scores), None)
+    rows = [
+        PageRow(
+            case.prompt,
+            [
+                PageCell(folder.path / case.file, {s: float(by[model][k]) for s, by in result.scores.items()})
+                for model, folder in folders.items()
+            ],
+            note=f"seed {case.seed}",
+        )
+        for k, case in enumerate(shown)
+    ]
+    page = Page(
+        list(folders),
+        rows,
+        dict.fromkeys(result.scores, 2),
+        notes=[] if shared is None else [_note(result, shared, model) for model in folders],
+        title=config.title or "Models side by side",
+        footer=_footer(config, folders, len(shown), len(cases), shared),
+        command=command_line("diffalign grid", config),
+    )
+    write_page(result.page, page, config.html)
 
 
 def _note(result: GridResult, scorer: str, model: str) -> str:

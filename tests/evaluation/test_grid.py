@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from diffalign.config import parse_args
 from diffalign.errors import UserError
 from diffalign.evaluation import grid as module
 from diffalign.evaluation.folder import read_rows
@@ -62,7 +65,9 @@ def test_grid_from_prompts_to_picture(
     out = Path(config.output_dir)
     with Image.open(result.path) as page:
         assert page.size[0] > 3 * 160
-    assert sorted(path.name for path in out.iterdir()) == ["base", "grid.png", "lora-0", "mine", "scores.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("base", "grid.html", "grid.png", "lora-0", "mine", "scores.jsonl"),
+    ]
 
     files = {name: sorted((out / name / "images").glob("*.png")) for name in ("base", "lora-0", "mine")}
     assert [path.name for path in files["base"]] == [f"0000{i}-{i}.png" for i in range(3)]
@@ -92,6 +97,30 @@ def test_grid_from_prompts_to_picture(
     printed = capsys.readouterr().out
     assert f"red: lora-0: mean {expected['lora-0'].mean():.3f}, against base: {rates['lora-0']}" in printed
     assert str(result.path) in printed
+
+
+def test_the_page_shows_all_images_and_the_command_that_gives_it_again(config: GridConfig) -> None:
+    config = changed(config, rows=1, html="beside", title="Mine & others")
+    result = run_grid(config)
+    assert result is not None and result.page is not None
+    text = result.page.read_text(encoding="utf-8")
+    data = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    assert [row["prompt"] for row in data["rows"]] == PROMPTS
+    assert [row["note"] for row in data["rows"]] == ["seed 0", "seed 1", "seed 2"]
+    assert data["rows"][1]["cells"][2]["src"] == "mine/images/00001-1.png"
+    assert data["rows"][1]["cells"][2]["scores"] == [result.scores["red"]["mine"][1]]
+    assert [model["name"] for model in data["models"]] == ["base", "lora-0", "mine"]
+    assert "Mine &amp; others" in text and "all 3 images of each model" in text
+    command, name, *words = shlex.split(data["command"])
+    assert (command, name) == ("diffalign", "grid") and parse_args(GridConfig, words) == config
+
+    few = run_grid(changed(config, html_rows=2))
+    assert few is not None and few.page == result.page
+    assert result.page.read_text(encoding="utf-8").count('"note": "seed ') == 2
+    none = run_grid(changed(config, html="none"))
+    assert none is not None and none.page is None
+    with pytest.raises(UserError, match="html_rows"):
+        changed(config, html_rows=0)
 
 
 def test_a_second_run_draws_nothing_and_another_model_only_itself(
