@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    todo = [(method, seed, args.dataset_name) for method in args.methods for seed in args.seeds]
+    todo = [(method, seed, data_of(method, args.dataset_name)) for method in args.methods for seed in args.seeds]
     have = set(map(key, records))
     prompts = heldout_prompts(args.images)
     base: Judgement | None = None
@@ -71,11 +71,16 @@ def key(record: dict[str, Any]) -> tuple[str, int, str]:
     return record["method"], record["seed"], record.get("data", "shapes-pairs")
 
 
+def data_of(method: str, pairs: str) -> str:
+    """What a method learns from: pairs, or the prompts that its recipe draws."""
+    return str(load_yaml(find(f"shapes-{method}")).get("prompts", pairs))
+
+
 def prepare(method: str, data: str, runs: Path) -> list[str]:
     """Make what the method's data lacks; returns the flags that name the data."""
     if method not in CAPTIONED:
         recipe = load_yaml(find(f"shapes-{method}")).get("dataset_name")
-        return [] if recipe in (None, data) else ["--dataset_name", data]
+        return [] if recipe is None or recipe == data else ["--dataset_name", data]
     folder = runs / "captions" / Path(data).stem
     command = [sys.executable, "-m", "diffalign", "captions", data, "--captioner", "shapes-checker"]
     subprocess.run([*command, "--output_dir", str(folder)], check=True)
@@ -127,8 +132,23 @@ def measure(
 
 
 def policy_forward_passes(run: Path, steps: int) -> int:
-    """Images that went through the policy in training: the budget that methods are compared at."""
+    """Images that went through the policy in training: the budget that methods are compared at.
+
+    Of methods on rewards also those that drew the images, twice with guidance.
+    """
     config = load_yaml(run / "config.yaml")
+    if "prompts" in config:
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        guided = 2 if config["guidance_scale"] != 1 else 1
+        trained = config.get("num_inner_epochs", 0) * (config.get("num_train_steps_per_image") or 0)
+        if config["method"] == "ddpo":
+            # All steps but the last, which has no noise.
+            trained = (
+                guided
+                * config["num_inner_epochs"]
+                * (config["num_train_steps_per_image"] or config["num_inference_steps"] - 1)
+            )
+        return int(last["images"] * (config["num_inference_steps"] * guided + trained))
     batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
     return int(steps * batch * load_method(config["method"])[1].needs.policy_passes)
 
