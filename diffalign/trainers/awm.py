@@ -25,9 +25,8 @@ from torch import Tensor
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.trainers.ddpo import clipped_surrogate
-from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer
-from diffalign.training.online_config import OnlineConfig
-from diffalign.training.renoise import Renoised, Timesteps, renoise
+from diffalign.training.online import OnlineBatch, OnlineNeeds
+from diffalign.training.renoise import ForwardConfig, ForwardTrainer, Renoised, Timesteps
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
@@ -61,16 +60,14 @@ def elbo_scale(sigma: float) -> float:
 
 
 @dataclass(kw_only=True)
-class AWMConfig(OnlineConfig):
+class AWMConfig(ForwardConfig):
     """Settings of AWM."""
 
     guidance_scale: float = field(1.0, help="Guidance of a rollout; training is without, so 1 (none) is the method's.")
-    eta: float = field(0.0, help="Noise of the sampler; any will do, 0 is deterministic.")
     advantage: Literal["group", "global_std", "tracker", "batch"] = field(
         "global_std", help="What a reward is compared with: its group, in units of the spread of all (the authors')."
     )
     advantage_max: float = field(1.0, help="The largest advantage is scaled to this.")
-    num_train_steps_per_image: int | None = field(6, help="Timesteps each image is trained at. Authors: 6.")
     awm_weighting: Weighting = field("ghuber", help="Log-probability from the error. Authors: ghuber.")
     ghuber_power: float = field(0.25, help="Power p of ghuber.")
     clip_range: float = field(1.0, help="Largest change of the ratio that still counts; 1 hardly clips (authors').")
@@ -91,7 +88,7 @@ class AWMConfig(OnlineConfig):
             self._require(name, getattr(self, name) >= 0, "0 or more")
 
 
-class AWMTrainer(OnlineTrainer[AWMConfig]):
+class AWMTrainer(ForwardTrainer[AWMConfig]):
     """Trains with AWM."""
 
     method = "awm"
@@ -116,17 +113,10 @@ class AWMTrainer(OnlineTrainer[AWMConfig]):
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        given = renoise(
-            self.family.noise_process,
-            batch,
-            self.steps,
-            self.arithmetic.passes_per_image,
-            config.timestep_choice,
-            config.seed,
-        )
+        given = self.renoised(batch)
         # Before the policy's own pass: copies are swapped into the live weights, which its backward pass needs as is.
         anchors = {name: self._anchor(name, given, batch) for name in self._anchors(batch)}
-        pred = self._predict(self.policy.denoiser, given, batch)
+        pred = self.predict(self.policy.denoiser, given, batch)
         m = per_sample_mse(pred.double(), given.target)
         s = self._log_prob(m, given)
         s_old = s.detach()
@@ -148,9 +138,6 @@ class AWMTrainer(OnlineTrainer[AWMConfig]):
             loss = loss + weights[name] * pull
         return loss.float(), {name: value.detach().float() for name, value in report.items()}
 
-    def _predict(self, denoiser: torch.nn.Module, given: Renoised, batch: OnlineBatch) -> Tensor:
-        return self.family.predict(denoiser, given.x_t, given.timesteps, batch.given.text, batch.given.sizes)
-
     def _log_prob(self, m: Tensor, given: Renoised) -> Tensor:
         return matching_log_prob(m, given.sigma, self.config.awm_weighting, self.config.ghuber_power)
 
@@ -162,9 +149,9 @@ class AWMTrainer(OnlineTrainer[AWMConfig]):
     def _anchor(self, name: str, given: Renoised, batch: OnlineBatch) -> Tensor:
         weights = self.policy.reference() if name == "reference" else self.policy.copy_weights(name)
         with weights as denoiser:
-            return self._predict(denoiser, given, batch)
+            return self.predict(denoiser, given, batch)
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over a mask; 0 where it is empty."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    """Sum and number of the values of a mask, (2,): a metric that is left out where it is empty."""
+    return torch.stack([(values * mask).sum(), mask.sum().to(values)])

@@ -18,15 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.noise import NoiseProcess
-from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer
-from diffalign.training.online_config import OnlineConfig
-from diffalign.training.renoise import Timesteps, renoise
+from diffalign.training.online import OnlineBatch, OnlineNeeds
+from diffalign.training.renoise import ForwardConfig, ForwardTrainer
 
 
 def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
@@ -67,20 +65,17 @@ def nft_loss(
 
 
 @dataclass(kw_only=True)
-class NFTConfig(OnlineConfig):
+class NFTConfig(ForwardConfig):
     """Settings of DiffusionNFT."""
 
     guidance_scale: float = field(1.0, help="Guidance of a rollout; training is without, so 1 (none) is the method's.")
-    eta: float = field(0.0, help="Noise of the sampler; any will do, 0 is deterministic.")
     advantage: Literal["group", "global_std", "tracker", "batch"] = field(
         "global_std", help="What a reward is compared with: its group, in units of the spread of all (the authors')."
     )
-    num_train_steps_per_image: int | None = field(6, help="Timesteps each image is trained at.")
     nft_beta: float = field(1.0, help="Distance of the implicit policies from the old one. Authors: 1, or 0.1.")
     kl_beta: float = field(1e-4, help="Pull to the reference's predictions. Authors: 1e-4.")
     old_decay_rate: float = field(1e-3, help="Decay of the policy that draws is min(rate x rollouts, old_max_decay).")
     old_max_decay: float = field(0.5, help="See old_decay_rate. Authors: 0.5.")
-    timestep_choice: Timesteps = field("stratified", help="Timesteps: of all training, or those of the sampler.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +84,7 @@ class NFTConfig(OnlineConfig):
         self._require("old_max_decay", 0 <= self.old_max_decay < 1, "in [0, 1)")
 
 
-class NFTTrainer(OnlineTrainer[NFTConfig]):
+class NFTTrainer(ForwardTrainer[NFTConfig]):
     """Trains with DiffusionNFT."""
 
     method = "nft"
@@ -109,19 +104,13 @@ class NFTTrainer(OnlineTrainer[NFTConfig]):
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, process = self.config, self.family.noise_process
-        given = renoise(
-            process, batch, self.steps, self.arithmetic.passes_per_image, config.timestep_choice, config.seed
-        )
-
-        def predict(denoiser: torch.nn.Module) -> Tensor:
-            return self.family.predict(denoiser, given.x_t, given.timesteps, batch.given.text, batch.given.sizes)
-
+        given = self.renoised(batch)
         # Before the policy's own pass: copies are swapped into the live weights, which its backward pass needs as is.
         with self.policy.copy_weights("old") as old:
-            pred_old = predict(old)
+            pred_old = self.predict(old, given, batch)
         with self.policy.reference() as reference:
-            pred_ref = predict(reference)
-        pred = predict(self.policy.denoiser)
+            pred_ref = self.predict(reference, given, batch)
+        pred = self.predict(self.policy.denoiser, given, batch)
         r = optimality(batch.advantages, config.advantage_clip)
         losses = nft_loss(
             pred,

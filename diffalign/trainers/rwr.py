@@ -21,9 +21,8 @@ from torch import Tensor
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.random import keyed_uniform
-from diffalign.training.online import OnlineBatch, OnlineNeeds, OnlineTrainer, Rollout
-from diffalign.training.online_config import OnlineConfig
-from diffalign.training.renoise import Renoised, Timesteps, renoise
+from diffalign.training.online import OnlineBatch, OnlineNeeds, Rollout
+from diffalign.training.renoise import ForwardConfig, ForwardTrainer
 from diffalign.training.scoring import pad_and_gather
 
 
@@ -50,7 +49,7 @@ def regression_weights(
 
 
 @dataclass(kw_only=True)
-class RWRConfig(OnlineConfig):
+class RWRConfig(ForwardConfig):
     """Settings of DDPO-RWR."""
 
     rwr_weights: Literal["exponential", "sparse"] = field(
@@ -58,12 +57,9 @@ class RWRConfig(OnlineConfig):
     )
     rwr_beta: float = field(1.0, help="Inverse temperature of the exponential weights, on advantages.")
     rwr_share: float = field(0.25, help="Share of the images that sparse weights keep.")
-    num_train_steps_per_image: int | None = field(6, help="Timesteps each image is trained at.")
-    eta: float = field(0.0, help="Noise of the sampler; any will do, 0 is deterministic.")
     proportion_empty_prompts: float = field(
         0.1, help="Share of images trained with an empty prompt, or guidance stops working after a few rollouts."
     )
-    timestep_choice: Timesteps = field("stratified", help="Timesteps: of all training, or those of the sampler.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +68,7 @@ class RWRConfig(OnlineConfig):
         self._require("proportion_empty_prompts", 0 <= self.proportion_empty_prompts <= 1, "in [0, 1]")
 
 
-class RWRTrainer(OnlineTrainer[RWRConfig]):
+class RWRTrainer(ForwardTrainer[RWRConfig]):
     """Trains with DDPO-RWR."""
 
     method = "rwr"
@@ -96,33 +92,11 @@ class RWRTrainer(OnlineTrainer[RWRConfig]):
         return drawn
 
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        given = self._renoised(batch)
+        given = self.renoised(batch)
         text = self._with_dropout(batch)
         pred = self.family.predict(self.policy.denoiser, given.x_t, given.timesteps, text, batch.given.sizes)
         errors = per_sample_mse(pred, given.target)
         return (batch.weight * errors).mean(), {"error": errors.mean().detach()}
-
-    def health(self, batch: OnlineBatch) -> dict[str, float]:
-        """Mean squared distance of predictions to the base model's; in full fine-tuning that is not kept."""
-        if self.config.train_mode == "full":
-            return {}
-        given = self._renoised(batch)
-        args = given.x_t, given.timesteps, batch.given.text, batch.given.sizes
-        with self.policy.base() as base:
-            frozen = self.family.predict(base, *args)
-        own = self.family.predict(self.policy.modules[self.family.denoiser_part], *args)
-        return {"distance_to_reference": float(per_sample_mse(own, frozen).mean())}
-
-    def _renoised(self, batch: OnlineBatch) -> Renoised:
-        config = self.config
-        return renoise(
-            self.family.noise_process,
-            batch,
-            self.steps,
-            self.arithmetic.passes_per_image,
-            config.timestep_choice,
-            config.seed,
-        )
 
     def _with_dropout(self, batch: OnlineBatch) -> dict[str, Tensor]:
         """The prompts' embeddings, some replaced by the unconditional ones."""

@@ -263,7 +263,7 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
         if self.may_stop():
             # Here and not before the next rollout: a run that is stopped while it draws must not come by this twice.
             self.after_rollout(number)
-        return {**metrics, **self.stats}
+        return {**self.stats, **metrics}
 
     def after_rollout(self, number: int) -> None:
         """Called when rollout ``number`` has been trained on, before a checkpoint: where slow copies move."""

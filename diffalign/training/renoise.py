@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffalign.config import field
+from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.noise import NoiseProcess
 from diffalign.diffusion.random import keyed_noise, keyed_uniform
 from diffalign.diffusion.steps import Steps
-from diffalign.training.online import OnlineBatch
+from diffalign.training.online import OnlineBatch, OnlineTrainer
+from diffalign.training.online_config import OnlineConfig
 
 Timesteps = Literal["stratified", "rollout"]
+
+
+@dataclass(kw_only=True)
+class ForwardConfig(OnlineConfig):
+    """What methods on the forward process share."""
+
+    num_train_steps_per_image: int | None = field(6, help="Timesteps each image is trained at. AWM's authors: 6.")
+    eta: float = field(0.0, help="Noise of the sampler; any will do, 0 is deterministic.")
+    timestep_choice: Timesteps = field("stratified", help="Timesteps: of all training, or those of the sampler.")
+
+
+Config = TypeVar("Config", bound=ForwardConfig)
 
 
 @dataclass(frozen=True)
@@ -74,3 +89,26 @@ def grid_index(steps: int, use: int, count: int, u: float) -> int:
     """Index in the sampler's timesteps: a draw ``u`` in [0, 1) from part ``use`` of ``count`` of 1 .. floor(0.9 N)."""
     last = max(1, math.floor(0.9 * steps))
     return min(steps - 1, 1 + int((use + u) / count * last))
+
+
+class ForwardTrainer(OnlineTrainer[Config], Generic[Config]):
+    """A method that noises images of a rollout again and looks at the prediction."""
+
+    def renoised(self, batch: OnlineBatch) -> Renoised:
+        """The batch, noised for its pass."""
+        process, passes = self.family.noise_process, self.arithmetic.passes_per_image
+        return renoise(process, batch, self.steps, passes, self.config.timestep_choice, self.config.seed)
+
+    def predict(self, denoiser: nn.Module, given: Renoised, batch: OnlineBatch) -> Tensor:
+        """A network's prediction there, without guidance: (B, C, h, w)."""
+        return self.family.predict(denoiser, given.x_t, given.timesteps, batch.given.text, batch.given.sizes)
+
+    def health(self, batch: OnlineBatch) -> dict[str, float]:
+        """Mean squared distance of predictions to the reference's; not in full fine-tuning that keeps none."""
+        if self.config.train_mode == "full" and not self.needs.reference:
+            return {}
+        given = self.renoised(batch)
+        with self.policy.reference() if self.needs.reference else self.policy.base() as network:
+            frozen = self.predict(network, given, batch)
+        own = self.predict(self.policy.modules[self.family.denoiser_part], given, batch)
+        return {"distance_to_reference": float(per_sample_mse(own, frozen).mean())}

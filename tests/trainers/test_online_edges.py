@@ -105,9 +105,11 @@ def test_metadata_of_prompts_reaches_the_reward(online_settings: Settings, tmp_p
     file.write_text('{"prompt": "a red circle", "sign": 1}\n{"prompt": "a blue square", "sign": -1}\n')
     own = {"prompts": str(file), "max_train_steps": 2}
     rows = run("awm", online_settings(**own, rewards=[f"{tmp_path}/rewards.py:wanted"]))
-    assert rows[0]["reward_std"] > 5 * rows[0]["group_distance"] / 3**0.5 / 10
+    # Half of the images are worth their brightness, half minus that.
+    assert abs(rows[0]["reward"]) < 0.1 < 0.3 < rows[0]["reward_std"]
     with pytest.raises(UserError, match=r"signed needs sign with every prompt, and prompt 0 of .*prompts.txt"):
-        make("awm", online_settings(rewards=[f"{tmp_path}/rewards.py:Signed"]))
+        other = str(tmp_path / "other")
+        make("awm", online_settings(rewards=[f"{tmp_path}/rewards.py:Signed"], output_dir=other))
 
 
 def test_prompts_that_a_reward_cannot_judge_are_refused_before_the_model_is_loaded(

@@ -122,6 +122,8 @@ def test_the_gradient_is_that_of_finite_differences(gradient_settings: Settings)
     parameters = trainer.policy.parameters.values()
     given = next(trainer.batches.stream(0, 1))
     with torch.no_grad():
+        # Saturated pixels would differ, on purpose: the clamp lets their gradient through.
+        trainer.family.vae.decoder.conv_out.weight.mul_(0.1)
         for i, parameter in enumerate(parameters):  # Off the start of a LoRA, where half of the gradient is 0.
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
 
@@ -136,7 +138,7 @@ def test_the_gradient_is_that_of_finite_differences(gradient_settings: Settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.add_(sign * size * gradient / norm)
             ends.append(loss().double())
-    assert ((ends[0] - ends[1]) / (2 * size)).item() == pytest.approx(norm.item(), rel=0.02)
+    assert ((ends[0] - ends[1]) / (2 * size)).item() == pytest.approx(norm.item(), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_each_form_runs_and_checkpointing_changes_nothing(
 
 
 def test_the_reward_rises_and_a_pull_to_the_reference_holds_it(gradient_settings: Settings, tmp_path: Path) -> None:
-    own = {"max_train_steps": 20, "learning_rate": 1e-2, "max_prompts": 1, "guidance_scale": 1.0}
+    own = {"max_train_steps": 9, "learning_rate": 2e-2, "max_prompts": 1, "guidance_scale": 1.0}
     free, _ = run(gradient_settings(**own))
     held, _ = run(gradient_settings(**own, kl_beta=1e5, output_dir=str(tmp_path / "held")))
     rise, kept = (sum(r["reward"] for r in rows[-3:]) - sum(r["reward"] for r in rows[:3]) for rows in (free, held))
