@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rewards_tables import rewards_tables, rollout_table
+
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "results.md"
@@ -165,6 +167,8 @@ def main() -> None:
         ("shapes_methods", methods_table),
         ("step_time", step_time_table),
         ("reward_accuracy", reward_accuracy_table),
+        ("rollout", rollout_table),
+        ("shapes_rewards", rewards_tables),
     ):
         path = RESULTS / f"{name}.json"
         if path.exists():
