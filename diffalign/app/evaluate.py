@@ -1,4 +1,4 @@
-"""``diffalign sample`` and ``diffalign grid``."""
+"""``diffalign sample``, ``diffalign grid`` and ``diffalign eval``."""
 
 from __future__ import annotations
 
@@ -25,4 +25,14 @@ def grid(argv: Sequence[str]) -> int:
     config = parse_args(GridConfig, argv, prog="diffalign grid")
     console.set_up()
     run_grid(config)
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate models on a set of prompts."""
+    from diffalign.evaluation.evaluate import EvalConfig, run_eval
+
+    config = parse_args(EvalConfig, argv, prog="diffalign eval")
+    console.set_up()
+    run_eval(config)
     return 0
