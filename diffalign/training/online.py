@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from diffalign.data.prompts import Prompt
@@ -138,7 +139,8 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
             epochs=config.num_inner_epochs,
             micro_batch=config.train_batch_size,
             passes_per_image=1,
-            world_size=PartialState().num_processes,
+            # As the accelerator will see it: without the flag, processes on CPUs would each be alone from here on.
+            world_size=PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes,
         )
         # Before the model is loaded: sizes that do not fit should not cost minutes.
         self.arithmetic.check()
