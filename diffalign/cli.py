@@ -17,6 +17,7 @@ COMMANDS = {
     "train-reward": ("diffalign.app.train_reward:main", "train a reward model of your own on preference pairs"),
     "sample": ("diffalign.app.evaluate:sample", "draw images of one model for a list of prompts"),
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
+    "label": ("diffalign.app.label:main", "choose between images on a local page; votes become pairs to train on"),
     "eval": ("diffalign.app.evaluate:evaluate", "draw, score and compare models; ends with a report"),
     "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
     "pairs": ("diffalign.app.pairs:main", "make preference pairs of a model's own samples, chosen by rewards"),

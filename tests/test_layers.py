@@ -29,6 +29,7 @@ FLOORS = {
     "diffalign.search": 3,
     "diffalign.trainers": 3,
     "diffalign.making": 3,
+    "diffalign.labelling": 3,
     "diffalign.shapes.building": 4,
     "diffalign.app": 4,
     "diffalign.cli": 4,
