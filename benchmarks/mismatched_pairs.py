@@ -5,10 +5,10 @@
     python benchmarks/shapes_methods.py --methods dpo dcpo --dataset_name runs/shapes-mismatched --seeds 0 1 2 \\
         --out benchmarks/results/shapes_methods.json
 
-The chosen image of every bundled training pair stays; the rejected one is swapped for the chosen image of the pair
-half the set further on, wherever that has another prompt. So the rejected image is as good a picture as the chosen
-one, and what is wrong with it is that it does not fit: conditioned on the pair's prompt, it is off; on a caption of
-its own, it is not.
+The chosen image of every bundled training pair stays; the rejected one is swapped for the rejected image of the pair
+half the set further on, wherever that has another prompt. It lost its own comparison, so it is the worse picture, but
+what it shows was asked for by somebody else. Conditioned on the pair's prompt it is wrong whatever its quality;
+conditioned on a caption of its own, what is left is that it is worse.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def mismatched() -> Iterator[PairRow]:
     for index in range(count):
         pair, other = pairs[index], pairs[(index + count // 2) % count]
         if other.prompt != pair.prompt:
-            yield PairRow.of(pair, jpg_1=image_bytes(other.chosen), label_0=1.0, margin=None, source="mismatched")
+            yield PairRow.of(pair, jpg_1=image_bytes(other.rejected), label_0=1.0, margin=None, source="mismatched")
 
 
 def main() -> None:
