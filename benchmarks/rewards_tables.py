@@ -29,7 +29,8 @@ def rewards_tables(records: list[Record]) -> str:
     for experiment, reward in (("checker", "shapes-checker"), ("jpeg", "jpeg_compressibility")):
         group = [r for r in records if r["experiment"] == experiment]
         if group:
-            lines += ["", *picture(experiment, reward, group), "", *equal_reward(group, reward)]
+            lines += ["", *picture(experiment, reward, group)]
+            lines += [text for told in equal_reward(group, reward) for text in ("", told)]
     hacks = [r for r in records if r["experiment"] == "hack"]
     if hacks:
         lines += ["", *hack(hacks)]

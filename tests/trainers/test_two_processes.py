@@ -6,10 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from diffalign.trainers import load_method
+
+# One process group for all runs: start-up is most of the time of a short one.
+ALL_AT_ONCE = """
+import json, sys
+from accelerate import Accelerator
+from diffalign.cli import main
+Accelerator.end_training = lambda self: None
+sys.exit(max(main(["train", *arguments]) for arguments in json.loads(sys.argv[1])))
+"""
 
 
 def train(method: str, arguments: list[str], output_dir: Path, processes: int) -> list[dict[str, Any]]:
@@ -17,11 +29,24 @@ def train(method: str, arguments: list[str], output_dir: Path, processes: int) -
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "diffalign", "train", method, *arguments, "--output_dir", str(output_dir)]
+    launch([*command, "-m", "diffalign", "train", method, *arguments, "--output_dir", str(output_dir)])
+    return metrics(output_dir)
+
+
+def launch(command: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags."""
+    pairs = ((name, value if isinstance(value, list) else [value]) for name, value in settings.items())
+    return [word for name, values in pairs for word in (f"--{name}", *map(str, values))]
 
 
 @pytest.mark.parametrize(
@@ -54,10 +79,58 @@ def test_two_gloo_processes_give_the_losses_of_one(
             "report_to": "none",
             **own,
         }
-        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return words(settings)
 
     one = train(method, arguments(4), tmp_path / "one", 1)
     two = train(method, arguments(2), tmp_path / "two", 2)
     assert len({row["loss"] for row in one}) > 2, "the losses must move, or the comparison shows nothing"
     for name in ("loss", "grad_norm", *compared):
         assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), name
+
+
+ONLINE: dict[str, dict[str, Any]] = {
+    "ddpo": {"num_updates_per_rollout": 2, "kl_beta": 0.1, "advantage": "tracker", "tracker_min_count": 2},
+    "rwr": {"num_updates_per_rollout": 1, "num_prompts_per_rollout": 1},
+    "awm": {"num_updates_per_rollout": 2, "num_images_per_prompt": 4},
+    "nft": {"num_updates_per_rollout": 2},
+    # Two steps with gradient: two passes through the network before one backward pass, recomputed within it.
+    "reward_gradient": {"gradient_steps": 2, "gradient_accumulation_steps": 2, "kl_beta": 0.1},
+}
+
+
+def test_two_gloo_processes_learn_from_rewards_as_one(
+    online_settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    def settings(method: str, batch: int, folder: str) -> dict[str, Any]:
+        chosen = online_settings(
+            rewards=[f"{tmp_path}/rewards.py:Red"],
+            # One prompt: with two processes one has nothing to judge.
+            heldout_prompts="shapes-heldout",
+            num_heldout_prompts=1,
+            evaluation_steps=2,
+            train_batch_size=batch,
+            report_to=["none"],
+            output_dir=str(tmp_path / folder / method),
+        )
+        if method == "reward_gradient":
+            chosen = {name: value for name, value in chosen.items() if not name.startswith("num_") or "inf" in name}
+            chosen["num_heldout_prompts"] = 1
+        return {**chosen, **ONLINE[method]}
+
+    for method in ONLINE:
+        config_class, trainer_class = load_method(method)
+        trainer_class(config_class(**settings(method, 4, "one"))).train()
+    runs = [[method, *words(settings(method, 2, "two"))] for method in ONLINE]
+    script = tmp_path / "all.py"
+    script.write_text(ALL_AT_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch([*torchrun, str(script), json.dumps(runs)])
+    timed = ("seconds", "per_second")
+    for method in ONLINE:
+        one, two = (metrics(tmp_path / folder / method) for folder in ("one", "two"))
+        assert len({row["grad_norm"] for row in one}) > 2, "the runs must move, or the comparison shows nothing"
+        for name in one[-1]:
+            if not name.endswith(timed):
+                assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), (method, name)
+        judged = [(tmp_path / folder / method / "heldout.jsonl").read_text().count("\n") for folder in ("one", "two")]
+        assert judged == [3, 3]
