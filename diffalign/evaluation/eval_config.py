@@ -85,6 +85,10 @@ class EvalConfig(DrawConfig):
     on_failure: Literal["stop", "retry", "drop"] = field("stop", help="What to do about an image without a score.")
     plots: bool = field(True, help="Draw plots, which needs matplotlib (pip install 'diffalign[eval]').")
     title: str = field("Evaluation", help="Title of the report.")
+    html: Literal["inside", "beside", "none"] = field(
+        "beside",
+        help="Write images.html too: a page that links to the images, or has them inside to be sent, or none.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,10 @@
 """``diffalign eval``: models x prompts x seeds -> images -> scores -> statistics, plots and a report.
 
 The folder holds ``images/`` (a folder of each model at each setting, see :mod:`diffalign.evaluation.folder`),
-``cache/`` (scores by content of the image), ``scores.jsonl`` (a row an image), ``summary.json``, ``report.md`` and
-``plots/``. Images and scores are kept as they are made, and everything else is made from them: a run that was killed
-makes no image and no score twice, and ends with the report of one that was not.
+``cache/`` (scores by content of the image), ``scores.jsonl`` (a row an image), ``images.html`` (all images side by
+side), ``summary.json``, ``report.md`` and ``plots/``. Images and scores are kept as they are made, and everything else
+is made from them: a run that was killed makes no image and no score twice, and ends with the report of one that was
+not.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from diffalign.config import save_yaml, to_dict
+from diffalign.config import command_line, save_yaml, to_dict
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.comparisons import Scores, Variant
 from diffalign.evaluation.curves import Curves, read_curves
 from diffalign.evaluation.distribution import distances
 from diffalign.evaluation.eval_config import EvalConfig
-from diffalign.evaluation.folder import Case, SampleFolder, write_atomically, write_rows
+from diffalign.evaluation.folder import Case, SampleFolder, read_rows, write_atomically, write_rows
+from diffalign.evaluation.html import page_of_rows, write_page
 from diffalign.evaluation.report import render
 from diffalign.evaluation.sampling import Drawer, plan, slug
 from diffalign.evaluation.score_file import plain
@@ -268,6 +270,15 @@ def _write_report(config: EvalConfig, result: EvalResult, table: Sequence[Scores
     text = json.dumps(result.summary, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(root / "summary.json", text + "\n")
     write_atomically(result.report, render(result.summary, [f"{PLOTS}/{name}" for name in names]))
+    if config.html != "none":
+        page = page_of_rows(
+            read_rows(root / "scores.jsonl"),
+            root,
+            title=config.title,
+            footer="All images and their scores, by model and setting.",
+            command=command_line("diffalign eval", config),
+        )
+        write_page(root / "images.html", page, config.html)
     for line in result.summary["conclusions"]:
         print(line)
     print(result.report)

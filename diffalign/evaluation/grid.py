@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from diffalign.config import command_line, field
 from diffalign.errors import UserError
-from diffalign.evaluation.folder import Case, SampleFolder, write_rows
-from diffalign.evaluation.html import Page, PageCell, PageRow, write_page
+from diffalign.evaluation.folder import Case, SampleFolder, read_rows, write_rows
+from diffalign.evaluation.html import page_of_rows, write_page
 from diffalign.evaluation.models import ModelSpec, unique_names
 from diffalign.evaluation.page import make_grid
 from diffalign.evaluation.sampling import DrawConfig, Drawer, cases_of, slug
@@ -201,26 +201,14 @@ def _write_html(
 ) -> None:
     if result.page is None or config.html == "none":
         return
-    shown = cases[: config.html_rows]
     shared = next(iter(result.scores), None)
-    rows = [
-        PageRow(
-            case.prompt,
-            [
-                PageCell(folder.path / case.file, {s: float(by[model][k]) for s, by in result.scores.items()})
-                for model, folder in folders.items()
-            ],
-            note=f"seed {case.seed}",
-        )
-        for k, case in enumerate(shown)
-    ]
-    page = Page(
-        list(folders),
-        rows,
-        dict.fromkeys(result.scores, 2),
+    page = page_of_rows(
+        read_rows(result.page.parent / "scores.jsonl"),
+        result.page.parent,
+        config.html_rows,
         notes=[] if shared is None else [_note(result, shared, model) for model in folders],
         title=config.title or "Models side by side",
-        footer=_footer(config, folders, len(shown), len(cases), shared),
+        footer=_footer(config, folders, len(cases[: config.html_rows]), len(cases), shared),
         command=command_line("diffalign grid", config),
     )
     write_page(result.page, page, config.html)

@@ -85,6 +85,32 @@ class Page:
                 raise UserError(f"row {number} has {len(row.cells)} images for {len(self.models)} models")
 
 
+def page_of_rows(rows: Sequence[Mapping[str, Any]], root: Path, limit: int | None = None, **texts: Any) -> Page:
+    """The page of a ``scores.jsonl``, as grids and evaluations write it: a column a model, a row a prompt and seed.
+
+    Args:
+        rows: of the file, each with ``prompt_index``, ``prompt``, ``seed``, ``model``, ``file``, ``scores``, and
+            ``category`` where there are some.
+        root: the folder that files are named from.
+        limit: so many rows of the page, from the first.
+        texts: ``notes``, ``title``, ``footer`` and ``command`` of the page.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    scorers = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    cases: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["prompt_index"], row["seed"]), {})[row["model"]] = row
+    shown = []
+    for (_, seed), by_model in list(cases.items())[:limit]:
+        first = next(iter(by_model.values()))
+        cells = [
+            PageCell(root / by_model[model]["file"], by_model[model]["scores"]) if model in by_model else None
+            for model in models
+        ]
+        shown.append(PageRow(first["prompt"], cells, f"seed {seed}", first.get("category", "")))
+    return Page(models, shown, dict.fromkeys(scorers, 2), **texts)
+
+
 def write_page(path: Path, page: Page, images: Placing = "inside") -> int:
     """Write a page, in one step.
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.errors import UserError
 from diffalign.evaluation import html as module
-from diffalign.evaluation.html import Page, PageCell, PageRow, write_page
+from diffalign.evaluation.html import Page, PageCell, PageRow, page_of_rows, write_page
 
 NASTY = '</script><script>document.title = "owned"</script><img src=x onerror="document.title=1">&amp; {{data}}'
 COMMAND = "diffalign grid --prompts " + shlex.quote("a <b> & 'c'")
@@ -220,3 +220,28 @@ def test_images_beside_the_page_are_found_from_a_file(page: Page, tmp_path: Path
     browser.open((tmp_path / "grid.html").as_uri())
     browser.wait(lambda: browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth === 32)"))
     assert browser.complaints() == [] and all(url.startswith(tmp_path.as_uri()) for url in browser.requests())
+
+
+def test_a_page_of_the_rows_that_grids_and_evaluations_keep(page: Page, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt_index": index,
+            "prompt": f"p{index}",
+            "seed": 3,
+            "model": model,
+            "category": "x",
+            "file": f"model #{number}/{index}.png",
+            "scores": {"red": None if index else 0.5},
+        }
+        for number, model in enumerate(("base", "mine"))
+        for index in range(3)
+        if (index, model) != (1, "mine")
+    ]
+    made = page_of_rows(rows, tmp_path, 2, title="T")
+    assert (made.models, made.scorers, made.title) == (["base", "mine"], {"red": 2}, "T")
+    assert [(row.prompt, row.note, row.category) for row in made.rows] == [
+        ("p0", "seed 3", "x"),
+        ("p1", "seed 3", "x"),
+    ]
+    assert made.rows[0].cells[1] == PageCell(tmp_path / "model #1" / "0.png", {"red": 0.5})
+    assert made.rows[1].cells[1] is None
