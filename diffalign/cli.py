@@ -19,6 +19,7 @@ COMMANDS = {
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),
     "label": ("diffalign.app.label:main", "choose between images on a local page; votes become pairs to train on"),
     "eval": ("diffalign.app.evaluate:evaluate", "draw, score and compare models; ends with a report"),
+    "compare-rewards": ("diffalign.app.evaluate:compare_rewards", "agreement of rewards with choices and each other"),
     "captions": ("diffalign.app.captions:main", "make a caption for each image of the pairs of a set (for DCPO)"),
     "pairs": ("diffalign.app.pairs:main", "make preference pairs of a model's own samples, chosen by rewards"),
     "difficulty": ("diffalign.app.difficulty:main", "sort pairs from easy to hard and keep the easy ones"),

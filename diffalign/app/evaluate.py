@@ -1,4 +1,4 @@
-"""``diffalign sample``, ``diffalign grid`` and ``diffalign eval``."""
+"""``diffalign sample``, ``grid``, ``eval`` and ``compare-rewards``."""
 
 from __future__ import annotations
 
@@ -35,4 +35,14 @@ def evaluate(argv: Sequence[str]) -> int:
     config = parse_args(EvalConfig, argv, prog="diffalign eval")
     console.set_up()
     run_eval(config)
+    return 0
+
+
+def compare_rewards(argv: Sequence[str]) -> int:
+    """Compare rewards with choices and with each other."""
+    from diffalign.evaluation.compare_rewards import CompareConfig, run_compare
+
+    config = parse_args(CompareConfig, argv, prog="diffalign compare-rewards")
+    console.set_up()
+    run_compare(config)
     return 0

@@ -61,7 +61,7 @@ def _best(summary: Summary, plots: Mapping[str, str]) -> str:
     if not rows:
         return ""
     scales = summary["guidance"]
-    table = _table(
+    means = table(
         ("reward", "model", *(f"guidance {s:g}" for s in scales[0]["scales"]), "best"),
         [(r["reward"], r["model"], *map(_number, r["means"]), f"{r['best']:g}") for r in scales if _same(r, scales)],
     )
@@ -69,7 +69,7 @@ def _best(summary: Summary, plots: Mapping[str, str]) -> str:
         "Each half of the prompts is compared at the guidance that is best on the other half, so that no model gains "
         "by having been tried at more settings."
     )
-    parts = ["## Each model at its best guidance", text, _comparisons(rows), "Mean scores:", table]
+    parts = ["## Each model at its best guidance", text, _comparisons(rows), "Mean scores:", means]
     return "\n\n".join([*parts, *_images(plots, "guidance")])
 
 
@@ -100,7 +100,7 @@ def _comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append(f"{change['mean']:+.3g} [{change['low']:+.3g}, {change['high']:+.3g}]")
         cells.append(_p(row["p_adjusted"]))
         body.append(cells)
-    return _table(head, body)
+    return table(head, body)
 
 
 def _models(summary: Summary, plots: Mapping[str, str]) -> str:
@@ -114,7 +114,7 @@ def _models(summary: Summary, plots: Mapping[str, str]) -> str:
     failed = sum(model["scores"][name]["failed"] for model in summary["models"] for name in rewards)
     note = f"{failed} scores are missing." if failed else ""
     text = "Means are over images, medians over prompts of the median of each prompt's images."
-    return "\n\n".join(filter(None, ["## Scores", text, _table(head, body), note, *_images(plots, "scores")]))
+    return "\n\n".join(filter(None, ["## Scores", text, table(head, body), note, *_images(plots, "scores")]))
 
 
 def _diversity(summary: Summary, plots: Mapping[str, str]) -> str:
@@ -134,7 +134,7 @@ def _diversity(summary: Summary, plots: Mapping[str, str]) -> str:
             f"Of the images of one prompt ({summary['images_per_prompt']:g}) by CLIP: mean pairwise 1 - cosine, and "
             "the effective number of different images. Changes are against the baseline at the same guidance."
         )
-        parts += [text, _table(head, body)]
+        parts += [text, table(head, body)]
     for front in summary["fronts"]:
         on = [point["model"] for point in front["points"] if point["front"]]
         parts.append(f"Nothing beats in both {front['y']} and {front['x']}: {', '.join(on)}.")
@@ -182,7 +182,8 @@ def _images(plots: Mapping[str, str], *names: str) -> list[str]:
     return [f"![{_CAPTIONS[name]}]({plots[name]})" for name in names if name in plots]
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> str:
+    """A table of Markdown; a bar within a cell is escaped."""
     rows = [[str(cell).replace("|", "\\|") for cell in row] for row in (list(head), *body)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
