@@ -95,6 +95,8 @@ def test_a_folder_with_everything_and_a_sweep_of_guidance(
     assert len(scores) == 2 * 2 * 3 * 2
     assert {row["category"] for row in scores} == {"even", "odd"}
     assert all((scratch / "out" / row["file"]).is_file() and set(row["scores"]) == {"red", "blue"} for row in scores)
+    page = (scratch / "out" / "images.html").read_text(encoding="utf-8")
+    assert all(f'"src": "{row["file"]}"' in page for row in scores) and '"category": "odd"' in page
     summary = json.loads((scratch / "out" / "summary.json").read_text())
     assert [model["name"] for model in summary["models"]][:2] == [
         "base (guidance 1, 1 steps)",

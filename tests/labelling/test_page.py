@@ -159,6 +159,16 @@ def test_a_killed_server_loses_no_vote(browser: Any, two_models: list[str], tmp_
         ready(browser, 3)
         assert not browser.one("#trouble").is_displayed()
         assert [vote for _, vote in votes(out)][2:] == ["tie"]
+        # The same where the page is left meanwhile.
+        server.kill()
+        server.wait()
+        browser.press("s")
+        browser.wait(lambda: browser.one("#trouble").is_displayed())
+        browser.driver.get("about:blank")
+        server, _ = start(port)
+        browser.open(f"{place}label/anna")
+        ready(browser, 4)
+        assert [vote for _, vote in votes(out)][2:] == ["tie", "skip"]
         server.send_signal(signal.SIGTERM)
         assert server.stdout is not None and "3 pairs in" in server.stdout.read()
         assert server.wait(30) == 0
