@@ -176,7 +176,9 @@ def _resize_8_bits(images: Tensor, height: int, width: int, *, mode: str, antial
     On the CPU by torch's own code for bytes, which torchvision uses as well and which takes less time; a GPU has none.
     """
     if antialias and _has_bytes(images.device):
-        whole = images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+        whole = torch.empty(images.shape, dtype=torch.uint8)
+        for image, place in zip(images, whole, strict=True):  # one at a time stays in the processor's cache
+            place.copy_(image.mul(255).round_().clamp_(0, 255))
         return _interpolate(whole, height, width, mode, antialias).to(images.dtype).div_(255)
     rows = _interpolate(_to_8_bits(images), images.shape[-2], width, mode, antialias)
     return _to_8_bits(_interpolate(_to_8_bits(rows), height, width, mode, antialias))
