@@ -156,6 +156,29 @@ def reward_accuracy_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reward_throughput_table(results: dict[str, Any]) -> str:
+    """The table of ``benchmarks/reward_throughput.py``."""
+    lines = [
+        "## Rewards against a bare forward",
+        "",
+        "Images a second of a whole reward (checks, resize, tower, remembered prompts, scores) and of a bare forward "
+        "of its image tower on ready pixels, at the same batch, calls taken in turns. The ratio is the median over "
+        "turns; 1 is no cost.",
+        "",
+        "| reward | towers | batch | images | bare, images/s | reward, images/s | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        for name, r in run["rewards"].items():
+            lines.append(
+                f"| {name} | {run['model']}, {run['dtype']} | {run['batch_size']} | {run['resolution']} px | "
+                f"{r['bare_images_per_second']:.2f} | {r['images_per_second']:.2f} | {r['ratio']:.3f} |"
+            )
+    for run in results["runs"]:
+        lines += ["", f"```\n{run['command']}\n```", "", f"{run['machine']}, {run['clock']}. {versions(run)}"]
+    return "\n".join(lines) + "\n"
+
+
 def versions(result: dict[str, Any]) -> str:
     """library version, library version."""
     return ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."
@@ -169,6 +192,7 @@ def main() -> None:
         ("reward_accuracy", reward_accuracy_table),
         ("rollout", rollout_table),
         ("shapes_rewards", rewards_tables),
+        ("reward_throughput", reward_throughput_table),
     ):
         path = RESULTS / f"{name}.json"
         if path.exists():
