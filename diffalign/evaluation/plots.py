@@ -26,9 +26,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError("plots need matplotlib: pip install 'diffalign[eval]', or leave them out: --no-plots") from (
-            error
-        )
+        raise UserError("plots need matplotlib: pip install 'diffalign[eval]', or --plots false") from (error)
 
 
 def draw_plots(

@@ -9,6 +9,7 @@ from diffalign import cli, recipes
 from diffalign.app.recipes import copy_recipe
 from diffalign.config import from_dict, load_yaml
 from diffalign.errors import UserError
+from diffalign.evaluation.eval_config import EvalConfig
 from diffalign.making.iterate import IterateConfig
 from diffalign.making.pairs import PairsConfig
 from diffalign.trainers import load_method
@@ -28,6 +29,8 @@ def test_every_recipe_fits_its_method(name: str) -> None:
     config_class: type[Any]
     if "pairs-making" in name:
         config_class, given = PairsConfig, {}
+    elif "-eval" in name:
+        config_class, given = EvalConfig, {}
     elif "iterated" in name:
         config_class, given = IterateConfig, {}
     else:
