@@ -261,7 +261,9 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
             self._check_ratio(metrics.get("log_ratio_error", 0.0))
             assert self.batches.first is not None
             with self.accelerator.autocast(), torch.no_grad():
-                self.stats |= self.health(self.batches.first)
+                found = self.health(self.batches.first)
+            means = self.accelerator.reduce(torch.tensor([*found.values()], device=self.accelerator.device), "mean")
+            self.stats |= dict(zip(found, means.tolist(), strict=True))
         if self.may_stop():
             # Here and not before the next rollout: a run that is stopped while it draws must not come by this twice.
             self.after_rollout(number)
@@ -271,7 +273,7 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
         """Called when rollout ``number`` has been trained on, before a checkpoint: where slow copies move."""
 
     def health(self, batch: OnlineBatch) -> dict[str, float]:
-        """What is looked at once a rollout, on its first micro-batch; on the main process it is logged."""
+        """What is looked at once a rollout, on each process's first micro-batch; the mean over processes is logged."""
         return {}
 
     def _check_ratio(self, error: float) -> None:
