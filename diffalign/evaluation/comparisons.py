@@ -84,6 +84,13 @@ class Scores:
         """Of one model."""
         return [variant for variant in self.by_variant if variant.model == model]
 
+    def prompt_means(self, variant: Variant) -> Floats:
+        """Mean score of each prompt's images, of the prompts that have one."""
+        values = self.by_variant[variant]
+        known = np.isfinite(values)
+        groups = np.unique(self.prompts[known], return_inverse=True)[1]
+        return np.bincount(groups, weights=values[known]) / np.bincount(groups)
+
 
 def compare(
     scores: Scores,

@@ -85,7 +85,8 @@ def guidance(table: Sequence[Scores]) -> Figure | None:
     for axis, scores in zip(axes, table, strict=True):
         for number, model in enumerate(scores.models):
             variants = sorted(scores.variants(model), key=lambda variant: variant.guidance)
-            values = [scores.by_variant[v][np.isfinite(scores.by_variant[v])] for v in variants]
+            # Of the means of the prompts: images of one prompt are not independent.
+            values = [scores.prompt_means(v) for v in variants]
             known = [(v.guidance, x) for v, x in zip(variants, values, strict=True) if len(x)]
             means = [float(x.mean()) for _, x in known]
             errors = [_SIGMA * float(x.std()) / len(x) ** 0.5 for _, x in known]

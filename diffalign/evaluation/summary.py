@@ -264,7 +264,7 @@ def warnings(
         found.append(f"{left_out} pairs of images lack a score and are left out of the comparisons.")
     prompts = len(np.unique(table[0].prompts))
     if prompts < 200:
-        found.append(f"{prompts} prompts: with fewer than about 200, win rates below 0.6 cannot be told from 0.5.")
+        found.append(f"{prompts} prompts: with fewer than about 200, win rates below 0.6 are hardly told from 0.5.")
     return found
 
 

@@ -111,3 +111,8 @@ def test_intervals_cover_the_truth_at_their_nominal_rate_with_several_images_a_p
     assert 0.90 <= covered_rate / rounds <= 0.99
     assert 0.90 <= covered_mean / rounds <= 0.99
     assert claims / rounds <= 0.08
+
+
+def test_means_of_prompts_leave_out_what_has_no_score() -> None:
+    values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, np.nan])
+    assert scores({HIGH: values}, per=2).prompt_means(HIGH).tolist() == [2.0, 5.0]
