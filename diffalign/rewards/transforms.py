@@ -10,6 +10,7 @@ In YAML a transform is its name, or a mapping with ``kind`` and its options:
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -48,19 +49,20 @@ class Context:
 
 
 @dataclass
-class Transform:
+class Transform(ABC):
     """Scores (N,) to scores (N,), differentiable; NaN (no score) stays NaN."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def __call__(self, scores: Tensor, context: Context) -> Tensor:
-        raise NotImplementedError
+        """The transformed scores; ``context`` says of which reward and images they are."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON; empty without running statistics."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from what :meth:`state_dict` gave."""
 
 
