@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ class Items(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def _prompt_of(self) -> dict[int, str]:
+        return dict(zip(self._hashes.tolist(), self.prompts, strict=True))
+
+    def captions(self, ids: Sequence[int]) -> list[str]:
+        """The prompts of samples, by the ``id`` of their items; also where items hold embeddings alone."""
+        return [self._prompt_of[name] for name in ids]
 
     def _common(self, index: int) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self._hashes[index]}

@@ -32,6 +32,7 @@ class NoiseProcess(ABC):
     """``x_t = alpha(t) x_0 + sigma(t) epsilon`` and the network's target on it."""
 
     prediction_type: str
+    num_train_timesteps: int
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -84,10 +85,7 @@ class DDPMProcess(NoiseProcess):
             )
         self.alphas_cumprod = alphas_cumprod.double().cpu()
         self.prediction_type = prediction_type
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        self.num_train_timesteps = len(alphas_cumprod)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.alphas_cumprod[t.cpu().long()].sqrt()
@@ -113,6 +111,13 @@ class DDPMProcess(NoiseProcess):
         if self.prediction_type == "epsilon":
             return (x_t - sigma * pred) / alpha
         return alpha * x_t - sigma * pred
+
+    def to_epsilon(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return pred
+        if self.prediction_type == "v_prediction":
+            return _like(self.alpha(t), x_t) * pred + _like(self.sigma(t), x_t) * x_t
+        return super().to_epsilon(pred, x_t, t)
 
 
 class FlowProcess(NoiseProcess):

@@ -263,6 +263,7 @@ class Family(ABC):
         timesteps: Tensor,
         text: Mapping[str, Tensor],
         sizes: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """The denoiser's output, pure in ``denoiser``, which may be wrapped by DDP or torch.compile.
 
@@ -272,10 +273,33 @@ class Family(ABC):
             text: what :meth:`encode_prompts` gave for B prompts.
             sizes: int64 (B, 6): original height and width, crop top and left, target height and width, in pixels.
                 None is an uncropped image of the latents' own size. Families without size conditioning ignore it.
+            timestep_cond: embedded guidance (B, dim), for a denoiser that has :meth:`add_guidance_embedding`.
 
         Returns:
             (B, C, h, w), float32: epsilon, v or a velocity, as :attr:`noise_process` says.
         """
+
+    def add_guidance_embedding(self, dim: int) -> None:
+        """Let the denoiser be told its guidance scale, by ``timestep_cond``; diffusers calls it time_cond_proj_dim.
+
+        The new weights are 0: until they are trained the denoiser predicts what it did before.
+
+        Raises:
+            UserError: the denoiser has one already.
+        """
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise UserError(
+                f"the denoiser of {self.path!r} is told its guidance scale already (time_cond_proj_dim "
+                f"{self.denoiser.config.time_cond_proj_dim}): it is a distilled model. Distil its teacher instead."
+            )
+        embedding = self.denoiser.time_embedding
+        first = embedding.linear_1
+        projection = nn.Linear(
+            dim, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype
+        )
+        nn.init.zeros_(projection.weight)
+        embedding.cond_proj = projection.requires_grad_(False)
+        self.denoiser.register_to_config(time_cond_proj_dim=dim)
 
     def add_lora(
         self,

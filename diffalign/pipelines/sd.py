@@ -56,12 +56,14 @@ class StableDiffusion(Family):
         timesteps: Tensor,
         text: Mapping[str, Tensor],
         sizes: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         dtype = next(denoiser.parameters()).dtype
         pred: Tensor = denoiser(
             latents.to(dtype),
             timesteps.to(latents.device),
             encoder_hidden_states=text["prompt_embeds"].to(latents.device, dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(latents.device, dtype),
             return_dict=False,
         )[0]
         return pred.float()

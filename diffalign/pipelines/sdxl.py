@@ -75,6 +75,7 @@ class StableDiffusionXL(Family):
         timesteps: Tensor,
         text: Mapping[str, Tensor],
         sizes: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         batch, _, height, width = latents.shape
         if sizes is None:
@@ -87,6 +88,7 @@ class StableDiffusionXL(Family):
             latents.to(dtype),
             timesteps.to(device),
             encoder_hidden_states=text["prompt_embeds"].to(device, dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(device, dtype),
             added_cond_kwargs={
                 "text_embeds": text["pooled_prompt_embeds"].to(device, dtype),
                 # float32: sizes above 256 are not exact in bfloat16, and the UNet embeds them in float32 anyway.

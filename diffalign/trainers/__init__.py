@@ -113,6 +113,12 @@ METHODS = {
         "RewardGradientTrainer",
         "ReFL, DRaFT, AlignProp: a differentiable reward, through the sampler",
     ),
+    "lcd": Method(
+        "diffalign.trainers.lcd",
+        "LCDConfig",
+        "LCDTrainer",
+        "LCD: distil into a student that draws in 1 to 8 steps",
+    ),
 }
 """Name on the command line -> method. A new method adds its line here."""
 

@@ -20,7 +20,7 @@ from diffalign.errors import UserError
 from diffalign.pipelines import Family
 from diffalign.training.config import DataConfig
 from diffalign.training.loop import Trainer
-from diffalign.training.samples import SampleBatches, Text, make_ready
+from diffalign.training.samples import SampleBatches, Text, blank, make_ready
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class ImageBatch:
     """Probability that the image is liked, (B,) in [0, 1]; NaN where nobody said."""
     weight: Tensor
     """Weight of each image's loss, (B,), 0 or more."""
+    prompts: list[str]
+    """What each image is conditioned on: its caption, or "" where the prompt is dropped."""
     text: Callable[[], Text]
     """Text embeddings, B rows; a call, as in :class:`diffalign.training.pairs.PairBatch`."""
 
@@ -115,6 +117,7 @@ class ImageBatches(SampleBatches[ImageBatch]):
             sizes=items["sizes"].to(self.device),
             label=items.get("label", nobody_said).to(self.device),
             weight=items["weight"].to(self.device),
+            prompts=blank(self.items.captions(items["id"].tolist()), draws.dropped),
             text=self.text(items, ("",), draws.dropped),
         )
 
@@ -127,7 +130,7 @@ def image_batches(
     keep: Literal["all", "labelled", "liked"],
     positive_ratio: float | None = None,
 ) -> ImageBatches:
-    """Open the images of a config and make them ready: cached to disk (then VAE and text encoders are freed), or not.
+    """The batches of a config's images.
 
     Args:
         config, family, accelerator: of the run.
@@ -135,8 +138,18 @@ def image_batches(
         positive_ratio: see :class:`ImageBatches`.
 
     Raises:
-        UserError: see :func:`diffalign.data.labelled.open_images` and :func:`diffalign.data.cache.build_cache`; or
-            only one kind of label where a share is asked for.
+        UserError: see :func:`image_items`; or only one kind of label where a share is asked for.
+    """
+    return ImageBatches(image_items(config, family, accelerator, keep), config, family, accelerator, positive_ratio)
+
+
+def image_items(
+    config: ImageConfig, family: Family, accelerator: Accelerator, keep: Literal["all", "labelled", "liked"]
+) -> Items:
+    """Open the images of a config and make them ready: cached to disk (then VAE and text encoders are freed), or not.
+
+    Raises:
+        UserError: see :func:`diffalign.data.labelled.open_images` and :func:`diffalign.data.cache.build_cache`.
     """
     source = open_images(
         config.dataset_name,
@@ -152,8 +165,7 @@ def image_batches(
         max_bad_rows=config.max_bad_rows,
         max_samples=config.max_train_samples,
     )
-    items = make_ready(source, config, family, accelerator)
-    return ImageBatches(items, config, family, accelerator, positive_ratio)
+    return make_ready(source, config, family, accelerator)
 
 
 Image = TypeVar("Image", bound=ImageConfig)

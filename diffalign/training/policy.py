@@ -192,14 +192,17 @@ class Policy:
     @contextmanager
     def copy_weights(self, name: str) -> Iterator[nn.Module]:
         """The denoiser with a copy's weights, without gradients; the trained ones are back afterwards."""
-        parameters: list[Tensor] = list(self.parameters.values())
-        own = [p.detach().clone() for p in parameters]
+        parameters = list(self.parameters.values())
+        own = [p.data for p in parameters]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, self.copies[name])
+            # Tensors change places and nothing is copied: in full fine-tuning this is the whole model, each step.
+            for parameter, value in zip(parameters, self.copies[name], strict=True):
+                parameter.data = value
             try:
                 yield self.modules[self._part]
             finally:
-                torch._foreach_copy_(parameters, own)
+                for parameter, value in zip(parameters, own, strict=True):
+                    parameter.data = value
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -51,16 +51,26 @@ def guided_predict(family: Family, denoiser: nn.Module, x: Tensor, timesteps: Te
     """
     if not given.guided:
         return family.predict(denoiser, x, timesteps, given.text, given.sizes)
+    unconditional, conditional = predict_both(family, denoiser, x, timesteps, given)
+    return unconditional + given.guidance_scale * (conditional - unconditional)
+
+
+def predict_both(
+    family: Family, denoiser: nn.Module, x: Tensor, timesteps: Tensor, given: Condition
+) -> tuple[Tensor, Tensor]:
+    """The predictions without and with the prompt, in one pass: (B, C, h, w) float32 each. See :func:`guided_predict`.
+
+    The guidance scale of ``given`` plays no part.
+    """
     assert given.unconditional is not None
-    count = len(x)
     text = {
         name: torch.cat([given.unconditional[name].to(value).expand_as(value), value])
         for name, value in given.text.items()
     }
     sizes = None if given.sizes is None else torch.cat([given.sizes, given.sizes])
     both = family.predict(denoiser, torch.cat([x, x]), torch.cat([timesteps, timesteps]), text, sizes)
-    unconditional, conditional = both.split(count)
-    return unconditional + given.guidance_scale * (conditional - unconditional)
+    unconditional, conditional = both.split(len(x))
+    return unconditional, conditional
 
 
 @dataclass

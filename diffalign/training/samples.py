@@ -130,7 +130,7 @@ class SampleBatches(Batches[Batch]):
             dropped: bool (B,), the same for each side.
         """
         if "prompt" in items:
-            captions = {side: _blank(items[f"{side}prompt"], dropped) for side in sides}
+            captions = {side: blank(items[f"{side}prompt"], dropped) for side in sides}
 
             def encode() -> Text:
                 # Without gradient (inside the reference, or when only the denoiser trains) this keeps no graph.
@@ -150,7 +150,8 @@ class SampleBatches(Batches[Batch]):
         return lambda: text
 
 
-def _blank(prompts: Sequence[str], dropped: Tensor) -> list[str]:
+def blank(prompts: Sequence[str], dropped: Tensor) -> list[str]:
+    """The prompts, "" where ``dropped``, bool (B,)."""
     return ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
 
 
