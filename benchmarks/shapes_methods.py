@@ -13,6 +13,7 @@ of the file.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.app import console
+from diffalign.assets import resolve
 from diffalign.config import load_yaml
 from diffalign.evaluation.shapes import GUIDANCE, STEPS, Judgement, compare, draw, heldout_prompts, judge
 from diffalign.recipes import find
@@ -59,7 +61,7 @@ def main() -> None:
             print(f"{method} seed {seed} on {data}: has a record")
             continue
         if base is None:
-            base = judge(draw(prompts, progress="base"), prompts)
+            base = base_judgement(prompts, args.runs)
         record = measure(method, seed, data, args.runs, prompts, base)
         records = [r for r in records if key(r) != (method, seed, data)] + [record]
         write(args.out, records)
@@ -85,6 +87,23 @@ def prepare(method: str, data: str, runs: Path) -> list[str]:
     command = [sys.executable, "-m", "diffalign", "captions", data, "--captioner", "shapes-checker"]
     subprocess.run([*command, "--output_dir", str(folder)], check=True)
     return ["--dataset_name", str(folder)]
+
+
+def base_judgement(prompts: list[str], runs: Path) -> Judgement:
+    """The base model on the prompts, drawn once and then read from ``runs``: it is the same for every method."""
+    digest = hashlib.sha256(json.dumps([prompts, STEPS, GUIDANCE]).encode())
+    for weights in sorted(Path(resolve("shapes-sdxl")).rglob("*.safetensors")):
+        digest.update(weights.read_bytes())
+    path = runs / f"base-{digest.hexdigest()[:12]}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return Judgement(stored["checker"], stored["annotator"])
+    base = judge(draw(prompts, progress="base"), prompts)
+    runs.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(aside, checker=base.checker, annotator=base.annotator)
+    os.replace(aside, path)
+    return base
 
 
 def measure(

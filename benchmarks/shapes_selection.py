@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from shapes_methods import measure, write
+from shapes_methods import base_judgement, measure, write
 
 from diffalign.app import console
-from diffalign.evaluation.shapes import GUIDANCE, STEPS, Judgement, draw, heldout_prompts, judge
+from diffalign.evaluation.shapes import GUIDANCE, STEPS, Judgement, heldout_prompts
 from diffalign.making.pairs import PairsConfig, run_pairs
 
 SELECTIONS = ("best-worst", "best-sigma")
@@ -55,7 +55,7 @@ def main() -> None:
                 if (select, k, seed) in have and not args.again:
                     print(f"{select} of {k}, seed {seed}: has a record")
                     continue
-                base = base or judge(draw(prompts, progress="base"), prompts)
+                base = base or base_judgement(prompts, args.runs)
                 record = measure("dpo", seed, str(data), args.runs, prompts, base, more)
                 record |= {"select": select, "k": k, **describe(data)}
                 records = [r for r in records if key(r) != (select, k, seed)] + [record]
