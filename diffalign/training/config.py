@@ -89,6 +89,11 @@ class TrainingConfig(RunConfig):
     # Speed
     enable_xformers_memory_efficient_attention: bool = field(False, help="xformers attention (default: SDPA).")
     compile_repeated_blocks: bool = field(False, help="Compile the denoiser's repeated blocks with torch.compile.")
+    channels_last: bool = field(False, help="Hold the denoiser's convolutions in the channels-last memory format.")
+    checkpointed_blocks: list[str] | None = field(
+        None,
+        help="Use gradient_checkpointing in these blocks only, such as down_blocks.0 up_blocks.2. Default: in all.",
+    )
 
     # What trains
     train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
@@ -105,6 +110,9 @@ class TrainingConfig(RunConfig):
     validation_steps: int = field(100, help="Draw them every so many steps, and at step 0.")
     num_validation_images: int = field(1, help="Images (seeds) for each validation prompt.")
     validation_inference_steps: int = field(25, help="Sampling steps of a validation image.")
+    validation_scheduler: str | None = field(
+        None, help="Sampler of a validation image: ddim, lcm, dpm++, ... Default: the model's own."
+    )
     validation_guidance_scale: float = field(5.0, help="Classifier-free guidance of a validation image.")
     save_comfyui_lora: bool = field(False, help="Also save the final LoRA for ComfyUI and kohya tools.")
 
@@ -114,6 +122,8 @@ class TrainingConfig(RunConfig):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("rank", self.train_mode == "full" or self.rank >= 1, "at least 1; it is the width of the LoRA")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.checkpointed_blocks is not None and not self.gradient_checkpointing:
+            raise UserError("checkpointed_blocks says where to checkpoint; it needs gradient_checkpointing")
         if self.train_mode == "full" and self.train_text_encoder:
             raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
         if self.train_mode == "full" and self.initial_lora:

@@ -24,6 +24,7 @@ from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, load_lora_state, lora_parameters, save_lora
 from diffalign.training.config import TrainingConfig
+from diffalign.training.speed import checkpoint_activations, speed_up
 
 WEIGHTS_FILE = "policy.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -98,19 +99,11 @@ class Policy:
             module.to(self.accelerator.device)
             module.train()
             if self.config.gradient_checkpointing:
-                name = "enable_gradient_checkpointing"
-                getattr(module, name, getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
-        denoiser = self.family.denoiser
-        if self.config.enable_xformers_memory_efficient_attention:
-            try:
-                denoiser.enable_xformers_memory_efficient_attention()
-            except (ImportError, ModuleNotFoundError, ValueError) as error:
-                raise UserError(
-                    f"xformers attention is not available ({error}). Install it with pip install 'diffalign[gpu]' on "
-                    "a CUDA machine, or leave enable_xformers_memory_efficient_attention off: SDPA is the default."
-                ) from error
-        if self.config.compile_repeated_blocks:
-            denoiser.compile_repeated_blocks()
+                own = module is self.family.denoiser
+                checkpoint_activations(module, self.config.checkpointed_blocks if own else None)
+        for denoiser in (self.family.denoiser, self._frozen):
+            if denoiser is not None:
+                speed_up(denoiser, self.config)
 
     @property
     def denoiser(self) -> nn.Module:
