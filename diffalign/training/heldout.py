@@ -21,7 +21,7 @@ from torch import Tensor
 from diffalign.data.prompts import read_prompts
 from diffalign.errors import UserError
 from diffalign.evaluation.stats import PairedDifference, paired_difference
-from diffalign.training.online_config import PromptConfig
+from diffalign.training.online_config import JudgedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Heldout:
         UserError: no prompts are left, or an early stop without a held-out reward.
     """
 
-    def __init__(self, config: PromptConfig, trained: set[str], total: Total, judges: Sequence[str]) -> None:
+    def __init__(self, config: JudgedConfig, trained: set[str], total: Total, judges: Sequence[str]) -> None:
         assert config.heldout_prompts is not None
         if config.early_stop and not judges:
             raise UserError(

@@ -14,15 +14,8 @@ from diffalign.training.groups import Arithmetic
 
 
 @dataclass(kw_only=True)
-class PromptConfig(TrainingConfig):
-    """What to draw, and how it is scored."""
-
-    # Prompts
-    prompts: str = field(
-        help="Prompts to draw: a text file (one a line), a JSONL file, hub:NAME:COLUMN, module:function, "
-        "file.py:function, or shapes-train."
-    )
-    max_prompts: int | None = field(None, help="Use only the first so many prompts.")
+class JudgedConfig(TrainingConfig):
+    """How images are scored, and what a run is judged by."""
 
     # Rewards
     rewards: list[Any] = field(
@@ -33,17 +26,7 @@ class PromptConfig(TrainingConfig):
     on_reward_failure: Literal["stop", "retry", "drop"] = field(
         "stop", help="Images that cannot be scored: end the run (it can be resumed), try again, or leave them out."
     )
-
-    # Sampling
-    rollout_batch_size: int = field(8, help="Images a process draws at once.")
     decode_batch_size: int = field(4, help="Images the VAE decodes at once.")
-    num_inference_steps: int = field(20, help="Sampling steps.")
-    sampler: SamplerName = field("ddim", help="Sampler; flow_sde, dance and cps are for flow models.")
-    eta: float = field(1.0, help="Noise of the sampler; 0 is deterministic.")
-    guidance_scale: float = field(
-        5.0, help="Classifier-free guidance, the same in drawing and training; 1 is without."
-    )
-    resolution: int | None = field(None, help="Side of the images in pixels. Default: the model's own.")
 
     # Held-out evaluation
     heldout_prompts: str | None = field(
@@ -51,8 +34,6 @@ class PromptConfig(TrainingConfig):
     )
     num_heldout_prompts: int = field(64, help="How many of them, one image each.")
     evaluation_steps: int = field(50, help="Judge every so many optimiser steps, at step 0 and at the end.")
-    evaluation_inference_steps: int | None = field(None, help="Sampling steps then. Default: num_inference_steps.")
-    evaluation_guidance_scale: float | None = field(None, help="Guidance then. Default: guidance_scale.")
     early_stop: bool = field(
         False, help="End the run when the trained reward rises while the held-out one falls significantly."
     )
@@ -60,19 +41,49 @@ class PromptConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "rollout_batch_size",
-            "decode_batch_size",
-            "num_inference_steps",
-            "num_heldout_prompts",
-            "evaluation_steps",
-            "early_stop_patience",
-        ):
+        for name in ("decode_batch_size", "num_heldout_prompts", "evaluation_steps", "early_stop_patience"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one, for example rewards: [pickscore]")
+        if self.early_stop and not self.heldout_prompts:
+            raise UserError("early_stop needs heldout_prompts to judge by")
+        if self.early_stop and self.combine == "vote":
+            raise UserError("early_stop compares evaluations, and votes within one cannot be: use another combine")
+
+
+@dataclass(kw_only=True)
+class PromptConfig(JudgedConfig):
+    """What to draw."""
+
+    # Prompts
+    prompts: str = field(
+        help="Prompts to draw: a text file (one a line), a JSONL file, hub:NAME:COLUMN, module:function, "
+        "file.py:function, or shapes-train."
+    )
+    max_prompts: int | None = field(None, help="Use only the first so many prompts.")
+
+    # Sampling
+    rollout_batch_size: int = field(8, help="Images a process draws at once.")
+    num_inference_steps: int = field(20, help="Sampling steps.")
+    sampler: SamplerName = field("ddim", help="Sampler; flow_sde, dance and cps are for flow models.")
+    eta: float = field(1.0, help="Noise of the sampler; 0 is deterministic.")
+    guidance_scale: float = field(
+        5.0, help="Classifier-free guidance, the same in drawing and training; 1 is without."
+    )
+    resolution: int | None = field(None, help="Side of the images in pixels. Default: the model's own.")
+    evaluation_inference_steps: int | None = field(None, help="Sampling steps then. Default: num_inference_steps.")
+    evaluation_guidance_scale: float | None = field(None, help="Guidance then. Default: guidance_scale.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rollout_batch_size", "num_inference_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("eta", self.eta >= 0, "0 or more")
         for name in ("guidance_scale", "evaluation_guidance_scale"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
+        steps = self.evaluation_inference_steps
+        self._require("evaluation_inference_steps", steps is None or steps >= 1, "at least 1")
         if self.train_text_encoder:
             raise UserError(
                 "train_text_encoder: prompts of a rollout are encoded once, so methods on rewards train the denoiser "
@@ -80,12 +91,6 @@ class PromptConfig(TrainingConfig):
             )
         if self.max_train_steps is None:
             raise UserError("say max_train_steps: a run on prompts has no end of its own")
-        if not self.rewards:
-            raise UserError("rewards is empty: name at least one, for example rewards: [pickscore]")
-        if self.early_stop and not self.heldout_prompts:
-            raise UserError("early_stop needs heldout_prompts to judge by")
-        if self.early_stop and self.combine == "vote":
-            raise UserError("early_stop compares evaluations, and votes within one cannot be: use another combine")
 
 
 @dataclass(kw_only=True)

@@ -19,13 +19,13 @@ from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.diffusion.steps import Steps, make_steps
 from diffalign.errors import UserError
 from diffalign.pipelines import Family
-from diffalign.training.heldout import BEST, Heldout, append_row, keep_best
-from diffalign.training.heldout import FILE as HELDOUT_FILE
+from diffalign.training.heldout import Heldout
+from diffalign.training.judge import Judge
 from diffalign.training.loop import Needs, Trainer
 from diffalign.training.online_config import PromptConfig
 from diffalign.training.rollout import Condition, rollout, select_text
 from diffalign.training.run_log import RunLog
-from diffalign.training.scoring import Scorer, pad_and_gather
+from diffalign.training.scoring import Scorer
 from diffalign.training.steps import Batch
 
 Config = TypeVar("Config", bound=PromptConfig)
@@ -47,7 +47,7 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
     needs: ClassVar[PromptNeeds] = PromptNeeds()
     scorer: Scorer
 
-    heldout: Heldout | None = None
+    _judge: Judge | None = None
     _nothing: dict[str, Tensor] | None = None
 
     def __init__(self, config: Config, family: Family | None = None) -> None:
@@ -79,12 +79,13 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         scorer.check(self.prompts, self.config.prompts)
         if self.config.heldout_prompts:
             texts = {prompt.text for prompt in self.prompts}
-            self.heldout = Heldout(self.config, texts, self._total, scorer.judges)
-            scorer.check(self.heldout.prompts, self.config.heldout_prompts)
+            size = self.config.rollout_batch_size
+            self._judge = Judge(self.config, self.accelerator, scorer, texts, self._draw_heldout, size)
 
-    def _total(self, raw: Mapping[str, Tensor]) -> Tensor:
-        assert self.heldout is not None
-        return self.scorer.total(raw, self.heldout.prompts)
+    @property
+    def heldout(self) -> Heldout | None:
+        """The held-out evaluations, where there are any."""
+        return self._judge.heldout if self._judge else None
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Embeddings of each image's prompt, on the CPU; a prompt that comes often is encoded once."""
@@ -125,48 +126,20 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
 
     def at_start(self, log: RunLog) -> None:
         super().at_start(log)
-        self._judge(log)
+        if self._judge:
+            self._judge.run(self.step, self.policy.export, log)
 
     def after_step(self, log: RunLog, metrics: Mapping[str, float]) -> None:
-        if self.heldout is not None and self.heldout.due(self.step, self.plan.steps):
-            self._judge(log)
-            if self.heldout.should_stop:
-                self._end_early()
-                log.say(
-                    f"step {self.step}: the trained reward went on rising while the held-out one fell significantly "
-                    f"{self.heldout.worse_in_a_row} evaluations in a row: stopped. The best LoRA, of step "
-                    f"{(self.heldout.best or {})['step']}, is in {self.output_dir / BEST}."
-                )
+        if self._judge and self._judge.after_step(self.step, self.plan.steps, self.policy.export, log):
+            self._end_early()
 
     def _end_early(self) -> None:
         """End the run here: the plan is what was done."""
         self.done = True
         self.plan = replace(self.plan, steps=self.step)
 
-    def _judge(self, log: RunLog) -> None:
-        """Draw the held-out prompts, score them by every reward, keep the policy if it is the best so far."""
-        if self.heldout is None:
-            return
-        prompts = self.heldout.prompts
-        mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        scores = self._score_heldout([prompts[i] for i in mine], list(mine))
-        table = pad_and_gather(self.accelerator, mine, scores, len(prompts))
-        # The same table on every process, so that all of them agree on what is best and when to stop.
-        is_best = self.heldout.add(self.step, dict(zip(self.scorer.rewards.names, table.unbind(1), strict=True)))
-        if self.accelerator.is_main_process:
-            row = self.heldout.history[-1]
-            append_row(self.output_dir / HELDOUT_FILE, self.heldout.report(row), self.step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in self.heldout.means(row).items())
-            log.say(f"step {self.step}: held-out {means}{' (best so far)' if is_best else ''}")
-            if is_best:
-                keep_best(self.output_dir, self.policy.export, self.step)
-        self.accelerator.wait_for_everyone()
-
-    def _score_heldout(self, prompts: list[Prompt], places: list[int]) -> Tensor:
-        """Scores of held-out images, (N, rewards)."""
+    def _draw_heldout(self, prompts: list[Prompt], seeds: list[int]) -> Tensor:
         config = self.config
-        if not prompts:  # More processes than prompts.
-            return torch.zeros(0, len(self.scorer.rewards.names))
         scale = config.guidance_scale if config.evaluation_guidance_scale is None else config.evaluation_guidance_scale
         steps = make_steps(
             self.family.noise_process,
@@ -174,16 +147,11 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
             config.evaluation_inference_steps or config.num_inference_steps,
             eta=0.0,
         )
-        parts = []
         with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():
-            for rows in torch.arange(len(prompts)).split(config.rollout_batch_size):
-                chosen = [prompts[i] for i in rows.tolist()]
-                given = self.condition(self.encode([p.text for p in chosen]), scale)
-                seeds = [places[i] for i in rows.tolist()]
-                denoiser = self.policy.modules[self.family.denoiser_part]
-                drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
-                parts.append(self.scorer.judge(self.decode(drawn.latents), chosen, seeds))
-        return torch.cat(parts)
+            given = self.condition(self.encode([p.text for p in prompts]), scale)
+            denoiser = self.policy.modules[self.family.denoiser_part]
+            drawn = rollout(self.family, denoiser, steps, given, seeds, self.latent_shape)
+            return self.decode(drawn.latents)
 
     # Resuming --------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from diffalign.training.advantages import (
     zero_variance_groups,
 )
 from diffalign.training.groups import Draws
-from diffalign.training.online_config import OnlineConfig, PromptConfig
+from diffalign.training.online_config import JudgedConfig, OnlineConfig
 
 _THUMBNAIL = 16
 
@@ -73,7 +73,7 @@ class Scorer:
         UserError: no such reward, or none to train on.
     """
 
-    def __init__(self, config: PromptConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: JudgedConfig, accelerator: Accelerator) -> None:
         self.combine, self.accelerator = config.combine, accelerator
         self.rewards = load_rewards(
             config.rewards,
