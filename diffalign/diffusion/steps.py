@@ -20,7 +20,8 @@ lcm            sigma_{i+1}                                                      
 ddim: Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; eta 0 is the probability-flow ODE (Euler, for a flow).
 cps: Flow-CPS, arXiv 2509.05952; it keeps the level of noise, not the distribution. flow_sde: Flow-GRPO, Liu et al.
 2025, arXiv 2505.05470, with sigma_1 for the sigma_0 = 1 that would divide by zero, as its authors run it. dance:
-DanceGRPO, arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378. flow_sde and dance are for rectified flow, where
+DanceGRPO, arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378, for consistency models: its ``x_0`` is their f,
+and its timesteps are among those that they are distilled on. flow_sde and dance are for rectified flow, where
 alpha = 1 - sigma.
 """
 
@@ -34,6 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from diffalign.diffusion.consistency import consistency_function
 from diffalign.diffusion.noise import FlowProcess, NoiseProcess
 from diffalign.errors import UserError, did_you_mean
 
@@ -50,6 +52,7 @@ class Steps:
         alpha, sigma: signal and noise level before each step and after the last, (N + 1,) float64.
         std: s_i, (N,) float64; 0 where the step is deterministic, and has no log-probability.
         eps_coef: c_i, (N,) float64.
+        timestep_scaling: of a consistency model's boundary scalings, whose f then is the ``x_0``; None for others.
     """
 
     process: NoiseProcess
@@ -58,6 +61,7 @@ class Steps:
     sigma: Tensor
     std: Tensor
     eps_coef: Tensor
+    timestep_scaling: float | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -81,7 +85,10 @@ class Steps:
         wide = torch.promote_types(x.dtype, torch.float32)
         model_pred, x = model_pred.to(wide), x.to(wide)
         t = self.timesteps[index.cpu()]
-        x0 = self.process.to_x0(model_pred, x, t)
+        if self.timestep_scaling is None:
+            x0 = self.process.to_x0(model_pred, x, t)
+        else:
+            x0 = consistency_function(self.process, model_pred, x, t, self.timestep_scaling)
 
         def column(values: Tensor) -> Tensor:
             return values[index.cpu()].to(x.device, wide).reshape(-1, *[1] * (x.ndim - 1))
@@ -163,9 +170,28 @@ def make_steps(
         )
     if num_steps < 1 or eta < 0:
         raise UserError(f"a sampler needs at least 1 step and an eta of 0 or more, got {num_steps} and {eta}")
+    if sampler == "lcm" and not isinstance(process, FlowProcess):
+        return _consistency_steps(process, scheduler_config, num_steps)
     timesteps, alpha, sigma = _grid(process, scheduler_config, num_steps)
     std, eps_coef = coefficients(sampler, alpha, sigma, eta)
     return Steps(process, timesteps, alpha, sigma, std, eps_coef)
+
+
+def _consistency_steps(process: NoiseProcess, config: Mapping[str, Any], num_steps: int) -> Steps:
+    """The steps of ``diffusers.LCMScheduler``; the last one ends at f itself."""
+    from diffusers import LCMScheduler
+
+    scheduler: Any = LCMScheduler.from_config(dict(config))
+    if num_steps > scheduler.config.original_inference_steps:
+        raise UserError(
+            f"the sampler lcm draws in at most {scheduler.config.original_inference_steps} steps, got {num_steps}"
+        )
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.cpu()
+    one = torch.ones(1, dtype=torch.float64)
+    alpha, sigma = torch.cat([process.alpha(timesteps), one]), torch.cat([process.sigma(timesteps), 0 * one])
+    levels = coefficients("lcm", alpha, sigma, 0.0)
+    return Steps(process, timesteps, alpha, sigma, *levels, float(scheduler.config.timestep_scaling))
 
 
 def coefficients(sampler: SamplerName, alpha: Tensor, sigma: Tensor, eta: float) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,13 @@ NAMES = {
 }
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+def make_scheduler(name: str, config: Mapping[str, Any], **options: Any) -> SchedulerMixin:
     """Build a scheduler from a checkpoint's ``scheduler_config.json``.
 
     Args:
         name: a short name of :data:`NAMES`, or the name of a diffusers scheduler class.
         config: the checkpoint's scheduler config; betas, prediction type and time spacing come from it.
+        options: arguments of the scheduler's class that replace those of ``config``.
 
     Raises:
         UserError: diffusers has no such scheduler.
@@ -45,4 +46,4 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         )
     # Latents are not confined to [-1, 1]; some schedulers clip to it unless they are told not to.
     clips = "clip_sample" in inspect.signature(kind.__init__).parameters and "clip_sample" not in config
-    return kind.from_config(dict(config), **({"clip_sample": False} if clips else {}))
+    return kind.from_config(dict(config), **({"clip_sample": False} if clips else {}), **options)

@@ -25,13 +25,15 @@ flow takes Euler steps on evenly spread times; this form is inferred, there bein
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from diffusers import LCMScheduler
 from torch import Tensor, nn
 
 from diffalign.config import field
@@ -48,11 +50,15 @@ from diffalign.diffusion.consistency import (
 from diffalign.diffusion.random import Key, keyed_uniform
 from diffalign.errors import UserError
 from diffalign.pipelines import Family
+from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.training.images import ImageBatch, ImageBatches, ImageConfig, ImageTrainer, image_items
 from diffalign.training.loop import Needs
 from diffalign.training.rollout import Condition, Text, predict_both
+from diffalign.training.validation import Sampling
 
 TARGET = "target"
+TEACHER_STEPS = 25
+"""Steps that the teacher is drawn with beside the student."""
 LORA_TARGETS = [
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -99,6 +105,14 @@ class LCDConfig(ImageConfig):
     )
     learning_rate: float = field(1e-4, help="Peak learning rate. LCM-LoRA: 1e-4; full fine-tuning: 1e-6.")
 
+    validation_scheduler: str | None = field("lcm", help="Sampler of a validation image.")
+    validation_inference_steps: int = field(4, help="Sampling steps of a validation image.")
+    validation_guidance_scale: float = field(
+        1.0,
+        help="Guidance of a validation image, 1 to 2. Default for a student that is told its guidance: the middle of "
+        "its range.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("w_min", self.w_min >= 0, "0 or more")
@@ -114,6 +128,22 @@ class LCDConfig(ImageConfig):
                 "unet_time_cond_proj_dim adds weights to the denoiser, which a LoRA does not hold: set train_mode "
                 "full, or leave it out"
             )
+        if dim is not None:
+            self._choose_told_guidance()
+
+    def _choose_told_guidance(self) -> None:
+        if self.validation_guidance_scale == 1 and self.w_min > 0:
+            self.validation_guidance_scale = self.middle_guidance_scale
+        if not self.w_min <= self.validation_guidance_scale - 1 <= self.w_max:
+            raise UserError(
+                f"validation_guidance_scale {self.validation_guidance_scale:g} is none that the student is told of: "
+                f"it learns {self.w_min + 1:g} to {self.w_max + 1:g} (w_min + 1 to w_max + 1)"
+            )
+
+    @property
+    def middle_guidance_scale(self) -> float:
+        """The teacher's, in the middle of the range."""
+        return 1 + (self.w_min + self.w_max) / 2
 
 
 @dataclass
@@ -182,6 +212,10 @@ class LCDTrainer(ImageTrainer[Distillation]):
         super().__init__(config, family)
         if config.train_mode == "full" or config.use_ema:
             self.policy.add_copy(TARGET)
+        if config.unet_time_cond_proj_dim is not None:
+            with self.policy.base() as teacher:
+                # Or a pipeline would draw the teacher, too, by an embedding instead of by guidance.
+                teacher.register_to_config(time_cond_proj_dim=None)  # type: ignore[operator]
 
     def make_batches(self) -> LCDBatches:
         config, family = self.config, self.family
@@ -256,6 +290,21 @@ class LCDTrainer(ImageTrainer[Distillation]):
         super().after_update()
         if TARGET in self.policy.copies:
             self.policy.update_copy(TARGET, self.config.ema_decay)
+
+    def sampling(self) -> Sampling:
+        plain = Sampling.of(self.config)
+        if plain.scheduler is None or type(make_scheduler(plain.scheduler, {})) is not LCMScheduler:
+            return plain
+        own = {
+            "timestep_scaling": self.config.timestep_scaling_factor,
+            "original_inference_steps": self.config.num_ddim_timesteps,
+        }
+        usual = inspect.signature(LCMScheduler.__init__).parameters
+        return replace(plain, options={name: own[name] for name in own if own[name] != usual[name].default})
+
+    def base_sampling(self) -> Sampling:
+        """The teacher's, at the steps that it is meant to be drawn with."""
+        return Sampling(TEACHER_STEPS, self.config.middle_guidance_scale)
 
     def facts(self) -> Mapping[str, str]:
         config = self.config

@@ -24,7 +24,7 @@ from diffalign.training.policy import Policy
 from diffalign.training.run_log import RunLog
 from diffalign.training.steps import Batch, Batches, Plan, StepLoop, StopAsked, Stopped
 from diffalign.training.summary import summarise
-from diffalign.training.validation import Validation
+from diffalign.training.validation import Sampling, Validation
 
 __all__ = ["DTYPES", "Batch", "Batches", "Config", "Needs", "Plan", "StopAsked", "Stopped", "Trainer"]
 
@@ -75,7 +75,9 @@ class Trainer(StepLoop[Config, Batch]):
         self.batches = self.make_batches()
         self.policy = Policy(self.family, config, self.accelerator, self.needs.reference)
         self.make_optimizer()
-        self.validation = Validation(config, self.policy, self.accelerator, self.output_dir)
+        self.validation = Validation(
+            config, self.policy, self.accelerator, self.output_dir, self.sampling(), self.base_sampling()
+        )
 
     @abstractmethod
     def make_batches(self) -> Batches[Batch]:
@@ -84,6 +86,14 @@ class Trainer(StepLoop[Config, Batch]):
     def facts(self) -> Mapping[str, str]:
         """What a method wants said at the start of a run, such as the meaning of its beta."""
         return {}
+
+    def sampling(self) -> Sampling:
+        """How the result is drawn, in validation and by who reads the model card."""
+        return Sampling.of(self.config)
+
+    def base_sampling(self) -> Sampling:
+        """How the base model is drawn that validation images are shown beside."""
+        return self.sampling()
 
     def summary(self) -> str:
         return summarise(self.config, self.plan, self.policy, self.facts())
@@ -122,4 +132,4 @@ class Trainer(StepLoop[Config, Batch]):
 
     def export(self) -> None:
         self.policy.export(self.output_dir, comfyui=self.config.save_comfyui_lora)
-        write_model_card(self.config, self.method, self.paper, self.plan, self.output_dir)
+        write_model_card(self.config, self.method, self.paper, self.plan, self.output_dir, self.sampling())

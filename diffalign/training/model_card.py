@@ -12,24 +12,26 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffalign.assets import BUNDLED
 from diffalign.config import to_dict
+from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from diffalign.training.steps import Plan
+    from diffalign.training.validation import Sampling
 
 _LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 _USE = {
-    "lora": """from diffusers import AutoPipelineForText2Image
+    "lora": """from diffusers import AutoPipelineForText2Image{names}
 {imports}
 pipe = AutoPipelineForText2Image.from_pretrained({base})
-pipe.load_lora_weights("{folder}")
-image = pipe({prompt!r}).images[0]""",
-    "full": """from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+pipe.load_lora_weights("{folder}"){scheduler}
+image = pipe({arguments}).images[0]""",
+    "full": """from diffusers import AutoPipelineForText2Image, UNet2DConditionModel{names}
 {imports}
 unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")
-pipe = AutoPipelineForText2Image.from_pretrained({base}, unet=unet)
-image = pipe({prompt!r}).images[0]""",
+pipe = AutoPipelineForText2Image.from_pretrained({base}, unet=unet){scheduler}
+image = pipe({arguments}).images[0]""",
 }
 
 
@@ -38,8 +40,15 @@ _BEST = """
 """
 
 
-def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan, output_dir: Path) -> Path:
-    """Write ``README.md`` with the front matter the hub reads; returns its path."""
+def write_model_card(
+    config: TrainingConfig, method: str, paper: str, plan: Plan, output_dir: Path, sampling: Sampling | None = None
+) -> Path:
+    """Write ``README.md`` with the front matter the hub reads; returns its path.
+
+    Args:
+        config, method, paper, plan, output_dir: of the run.
+        sampling: how the result must be drawn, if it asks for a scheduler; else the pipeline's own defaults are left.
+    """
     prompts = config.validation_prompts or []
     rewards = "".join(f"\n- {_reward(reward)}" for reward in getattr(config, "rewards", []))
     rewards = f"\nRewards:\n{rewards}\n" if rewards else ""
@@ -47,7 +56,7 @@ def write_model_card(config: TrainingConfig, method: str, paper: str, plan: Plan
     dataset = settings.get("dataset_name")
     data = f"on `{dataset}`" if dataset else f"on rewards of its images for the prompts of `{settings.get('prompts')}`"
     best = _BEST if (output_dir / "best").is_dir() else ""
-    use = _how_to_use(config, output_dir)
+    use = _how_to_use(config, output_dir, sampling)
     anew = " --resume_from_checkpoint none" if config.resume_from_checkpoint else ""
     sheets = sorted((output_dir / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     picture = f"\n![base beside trained](samples/{sheets[-1].name})\n" if sheets else ""
@@ -107,13 +116,25 @@ def _reward(reward: Any) -> str:
     return f"`{reward.get('reward')}`" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _how_to_use(config: TrainingConfig, output_dir: Path) -> str:
+def _how_to_use(config: TrainingConfig, output_dir: Path, sampling: Sampling | None) -> str:
     base, imports = f'"{config.pretrained_model_name_or_path}"', ""
     if config.pretrained_model_name_or_path in BUNDLED:
         base, imports = f"resolve({base})", "\nfrom diffalign.assets import resolve\n"
+    arguments = repr((config.validation_prompts or ["a photo of a lighthouse at dusk"])[0])
+    names = scheduler = ""
+    if sampling is not None and sampling.scheduler:
+        kind = type(make_scheduler(sampling.scheduler, {})).__name__
+        options = "".join(f", {name}={value!r}" for name, value in sampling.options.items())
+        names = f", {kind}"
+        scheduler = f"\npipe.scheduler = {kind}.from_config(pipe.scheduler.config{options})"
+        arguments += (
+            f", num_inference_steps={sampling.num_inference_steps}, guidance_scale={sampling.guidance_scale:g}"
+        )
     return _USE[config.train_mode].format(
         base=base,
         imports=imports,
         folder=config.hub_model_id or output_dir.name,
-        prompt=(config.validation_prompts or ["a photo of a lighthouse at dusk"])[0],
+        names=names,
+        scheduler=scheduler,
+        arguments=arguments,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -10,8 +13,30 @@ from torch import nn
 
 from diffalign.evaluation.draw import is_flat, sample_images, warn_of_flat
 from diffalign.evaluation.page import make_grid
+from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.training.config import TrainingConfig
 from diffalign.training.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is drawn.
+
+    Attributes:
+        num_inference_steps, guidance_scale: as the pipelines of diffusers take them.
+        scheduler: a name that :func:`diffalign.pipelines.schedulers.make_scheduler` knows; None for the model's own.
+        options: arguments of the scheduler that are not the checkpoint's.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> Sampling:
+        """What the ``validation_`` settings say."""
+        return cls(config.validation_inference_steps, config.validation_guidance_scale, config.validation_scheduler)
 
 
 class Validation:
@@ -19,10 +44,24 @@ class Validation:
 
     The base model's images are drawn once, with the reference, and kept in ``samples/base``; each later sheet
     ``samples/step-N.png`` shows them beside the policy's (its EMA's, where there is one).
+
+    Args:
+        config, policy, accelerator, output_dir: of the run.
+        sampling: how the policy is drawn.
+        base_sampling: how the base model is.
     """
 
-    def __init__(self, config: TrainingConfig, policy: Policy, accelerator: Accelerator, output_dir: Path) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        policy: Policy,
+        accelerator: Accelerator,
+        output_dir: Path,
+        sampling: Sampling,
+        base_sampling: Sampling,
+    ) -> None:
         self.config, self.policy, self.accelerator = config, policy, accelerator
+        self.sampling, self.base_sampling = sampling, base_sampling
         self.folder = output_dir / "samples"
         prompts = config.validation_prompts or []
         seeds = range(config.seed, config.seed + config.num_validation_images)
@@ -40,15 +79,15 @@ class Validation:
         if not all(self._file(base, index).exists() for index in range(len(self.cases))):
             self.accelerator.wait_for_everyone()
             with self.policy.base() as denoiser:
-                self._draw(base, denoiser)
+                self._draw(base, denoiser, self.base_sampling)
         with self.policy.ema_weights():
-            self._draw(self.folder / f"step-{step}", self.policy.family.denoiser)
+            self._draw(self.folder / f"step-{step}", self.policy.family.denoiser, self.sampling)
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return None
         return self._sheet(step)
 
-    def _draw(self, folder: Path, denoiser: nn.Module) -> None:
+    def _draw(self, folder: Path, denoiser: nn.Module, sampling: Sampling) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mine = range(self.accelerator.process_index, len(self.cases), self.accelerator.num_processes)
         family = self.policy.family
@@ -57,13 +96,15 @@ class Validation:
         if mine:
             pipe = family.pipeline()
             pipe.register_modules(**{family.denoiser_part: denoiser})
+            if sampling.scheduler:
+                pipe.scheduler = make_scheduler(sampling.scheduler, family.scheduler_config, **sampling.options)
             with self.accelerator.autocast():
                 images = sample_images(
                     pipe,
                     [self.cases[i][0] for i in mine],
                     [self.cases[i][1] for i in mine],
-                    num_inference_steps=self.config.validation_inference_steps,
-                    guidance_scale=self.config.validation_guidance_scale,
+                    num_inference_steps=sampling.num_inference_steps,
+                    guidance_scale=sampling.guidance_scale,
                     batch_size=self.config.train_batch_size,
                 )
             for index, image in zip(mine, images, strict=True):
@@ -75,6 +116,9 @@ class Validation:
 
     def _sheet(self, step: int) -> Path:
         columns = ["base", f"step {step}"]
+        if self.base_sampling != self.sampling:
+            drawn = (self.base_sampling, self.sampling)
+            columns = [f"{name}, drawn in {s.num_inference_steps}" for name, s in zip(columns, drawn, strict=True)]
         folders = [self.folder / "base", self.folder / f"step-{step}"]
         rows = [[Image.open(self._file(folder, i)) for folder in folders] for i in range(len(self.cases))]
         labels = [f"{prompt} (seed {seed})" for prompt, seed in self.cases]
