@@ -119,6 +119,12 @@ METHODS = {
         "LCDTrainer",
         "LCD: distil into a student that draws in 1 to 8 steps",
     ),
+    "rg_lcd": Method(
+        "diffalign.trainers.rg_lcd",
+        "RGLCDConfig",
+        "RGLCDTrainer",
+        "RG-LCD: distil to 1 to 8 steps and align by a reward, in one run",
+    ),
 }
 """Name on the command line -> method. A new method adds its line here."""
 

@@ -1,4 +1,4 @@
-"""The latent proxy reward model of RG-LCD: a CLIP that looks at latents and learns to judge as an expert judges images.
+"""The latent proxy reward model of RG-LCD: a CLIP that looks at latents and learns to score as an expert does.
 
 Li, Feng, Chen, Wang 2024, "Reward Guided Latent Consistency Distillation", arXiv 2403.11027. The expert may be any
 reward, with a gradient or without; what trains a student is the gradient of the proxy, which passes no VAE.

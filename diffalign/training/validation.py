@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from diffalign.evaluation.draw import is_flat, sample_images, warn_of_flat
 from diffalign.evaluation.page import make_grid
+from diffalign.pipelines import Family
 from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.training.config import TrainingConfig
 from diffalign.training.policy import Policy
@@ -37,6 +38,36 @@ class Sampling:
     def of(cls, config: TrainingConfig) -> Sampling:
         """What the ``validation_`` settings say."""
         return cls(config.validation_inference_steps, config.validation_guidance_scale, config.validation_scheduler)
+
+
+def draw_images(
+    family: Family,
+    denoiser: nn.Module,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+) -> list[Image.Image]:
+    """Draw through the real pipeline of a family, with a denoiser in the place of its own.
+
+    Parts that were not loaded are freed again. The rest as of :func:`diffalign.evaluation.draw.sample_images`.
+    """
+    kept = family.loaded
+    pipe = family.pipeline()
+    pipe.register_modules(**{family.denoiser_part: denoiser})
+    if sampling.scheduler:
+        pipe.scheduler = make_scheduler(sampling.scheduler, family.scheduler_config, **sampling.options)
+    images = sample_images(
+        pipe,
+        prompts,
+        seeds,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        batch_size=batch_size,
+    )
+    del pipe
+    family.free(*(family.loaded - kept))
+    return images
 
 
 class Validation:
@@ -90,28 +121,20 @@ class Validation:
     def _draw(self, folder: Path, denoiser: nn.Module, sampling: Sampling) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mine = range(self.accelerator.process_index, len(self.cases), self.accelerator.num_processes)
-        family = self.policy.family
-        kept = family.loaded
         # A process without cases still takes part in nothing collective here, so it may skip the loading.
         if mine:
-            pipe = family.pipeline()
-            pipe.register_modules(**{family.denoiser_part: denoiser})
-            if sampling.scheduler:
-                pipe.scheduler = make_scheduler(sampling.scheduler, family.scheduler_config, **sampling.options)
             with self.accelerator.autocast():
-                images = sample_images(
-                    pipe,
+                images = draw_images(
+                    self.policy.family,
+                    denoiser,
+                    sampling,
                     [self.cases[i][0] for i in mine],
                     [self.cases[i][1] for i in mine],
-                    num_inference_steps=sampling.num_inference_steps,
-                    guidance_scale=sampling.guidance_scale,
-                    batch_size=self.config.train_batch_size,
+                    self.config.train_batch_size,
                 )
             for index, image in zip(mine, images, strict=True):
                 image.save(self._file(folder, index))
             warn_of_flat(sum(is_flat(image) for image in images), len(images))
-            del pipe
-            family.free(*(family.loaded - kept))
         self.accelerator.wait_for_everyone()
 
     def _sheet(self, step: int) -> Path:
