@@ -25,7 +25,8 @@ from diffalign.errors import UserError, did_you_mean
 
 def _like(coefficient: Tensor, x: Tensor) -> Tensor:
     """Shape a (B,) coefficient to multiply a (B, ...) tensor."""
-    return coefficient.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    # Not waiting for the device: in a sampler it is still busy with the prediction.
+    return coefficient.to(device=x.device, dtype=x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
 
 class NoiseProcess(ABC):

@@ -84,19 +84,20 @@ class Steps:
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         model_pred, x = model_pred.to(wide), x.to(wide)
-        t = self.timesteps[index.cpu()]
+        index = index.cpu()
+        t = self.timesteps[index]
         if self.timestep_scaling is None:
             x0 = self.process.to_x0(model_pred, x, t)
         else:
             x0 = consistency_function(self.process, model_pred, x, t, self.timestep_scaling)
 
         def column(values: Tensor) -> Tensor:
-            return values[index.cpu()].to(x.device, wide).reshape(-1, *[1] * (x.ndim - 1))
+            return values[index].to(x.device, wide, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
         # From x_0 rather than from the prediction: so it is right for every prediction type.
         epsilon = (x - column(self.alpha) * x0) / column(self.sigma)
         mean = column(self.alpha[1:]) * x0 + column(self.eps_coef) * epsilon
-        return GaussianStep(mean, column(self.std).flatten(), x0)
+        return GaussianStep(mean, column(self.std).flatten(), x0, bool((self.std[index] > 0).all()))
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,13 @@ class GaussianStep:
         mean: (B, C, h, w).
         std: (B,); 0 for a deterministic step.
         x0: the clean latents that the prediction stands for, (B, C, h, w).
+        noisy: no std is 0; said here, because to look at ``std`` would wait for the device.
     """
 
     mean: Tensor
     std: Tensor
     x0: Tensor
+    noisy: bool
 
     def sample(self, noise: Tensor) -> Tensor:
         """``mean + std * noise``."""
@@ -125,7 +128,7 @@ class GaussianStep:
         Raises:
             ValueError: a step has no noise, so no density.
         """
-        if bool((self.std <= 0).any()):
+        if not self.noisy:
             raise ValueError("a deterministic step (std 0) has no log-probability; leave it out of training")
         z = (x_next.detach().to(self.mean) - self.mean) / self._std
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)

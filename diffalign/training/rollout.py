@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ class Condition:
     def guided(self) -> bool:
         return self.unconditional is not None and self.guidance_scale != 1
 
+    @cached_property
+    def both(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Embeddings and sizes of both branches, without the prompt and with, (2B, ...); made once for all steps."""
+        assert self.unconditional is not None
+        text = {
+            name: torch.cat([self.unconditional[name].to(value).expand_as(value), value])
+            for name, value in self.text.items()
+        }
+        return text, None if self.sizes is None else torch.cat([self.sizes, self.sizes])
+
 
 def guided_predict(family: Family, denoiser: nn.Module, x: Tensor, timesteps: Tensor, given: Condition) -> Tensor:
     """The prediction that sampling follows, both branches in one pass: (B, C, h, w) float32.
@@ -62,12 +73,7 @@ def predict_both(
 
     The guidance scale of ``given`` plays no part.
     """
-    assert given.unconditional is not None
-    text = {
-        name: torch.cat([given.unconditional[name].to(value).expand_as(value), value])
-        for name, value in given.text.items()
-    }
-    sizes = None if given.sizes is None else torch.cat([given.sizes, given.sizes])
+    text, sizes = given.both
     both = family.predict(denoiser, torch.cat([x, x]), torch.cat([timesteps, timesteps]), text, sizes)
     unconditional, conditional = both.split(len(x))
     return unconditional, conditional
@@ -156,25 +162,27 @@ def rollout(
     kept: dict[str, list[Tensor]] = {"x": [], "x_next": [], "log_probs": []}
     for i in range(len(steps)):
         index = torch.full((len(x),), i)
-        timesteps = steps.timesteps[index].to(device)
-        step = steps.step(guided_predict(family, denoiser, x, timesteps, given), x, index)
-        noisy = bool(steps.std[i] > 0)
-        x_next = step.sample(step_noise(seeds, i, latent_shape).to(device)) if noisy else step.mean
+        timesteps = steps.timesteps[index].to(device, non_blocking=True)
+        model_pred = guided_predict(family, denoiser, x, timesteps, given)
+        # Drawn while the device still works on the prediction; for the same reason nothing is fetched before the end.
+        noise = step_noise(seeds, i, latent_shape).to(device, non_blocking=True) if steps.std[i] > 0 else None
+        step = steps.step(model_pred, x, index)
+        x_next = step.mean if noise is None else step.sample(noise)
         if keep:
             x_next = x_next.to(storage).float()
         if i in keep:
-            kept["x"].append(x.to(storage).cpu())
-            kept["x_next"].append(x_next.to(storage).cpu())
-            kept["log_probs"].append(step.log_prob(x_next).cpu())
+            kept["x"].append(x.to(storage))
+            kept["x_next"].append(x_next.to(storage))
+            kept["log_probs"].append(step.log_prob(x_next))
         x = x_next
     empty = torch.zeros(len(x), 0, *latent_shape, dtype=storage)
     return Trajectory(
         latents=x.float().cpu(),
         seeds=torch.tensor(list(seeds), dtype=torch.int64),
         index=torch.tensor(sorted(keep), dtype=torch.int64).expand(len(x), len(keep)).contiguous(),
-        x=torch.stack(kept["x"], 1) if keep else empty,
-        x_next=torch.stack(kept["x_next"], 1) if keep else empty.clone(),
-        log_probs=torch.stack(kept["log_probs"], 1) if keep else torch.zeros(len(x), 0),
+        x=torch.stack(kept["x"], 1).cpu() if keep else empty,
+        x_next=torch.stack(kept["x_next"], 1).cpu() if keep else empty.clone(),
+        log_probs=torch.stack(kept["log_probs"], 1).cpu() if keep else torch.zeros(len(x), 0),
     )
 
 
