@@ -136,10 +136,10 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     Args:
         w: guidance scale minus 1, (B,); float32, or float64.
     """
-    from diffusers import LatentConsistencyModelPipeline
+    from diffusers import StableDiffusionPipeline
 
     # Phases reach 10^4, where float32 rounds visibly: training must round as sampling does.
-    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    embed = StableDiffusionPipeline.get_guidance_scale_embedding
     embedded: Tensor = embed(None, w.cpu(), embedding_dim=dim, dtype=w.dtype)
     return embedded.to(w.device)
 
