@@ -50,13 +50,10 @@ def methods_table(records: list[dict[str, Any]]) -> str:
             f"{interval(r['win_rate_checker'])} | {interval(r['win_rate_annotator'])} | {r['steps']} | "
             f"{r['policy_forward_passes']:,} | {r['peak_memory_mib']:,} MiB |"
         )
-    methods = " ".join(dict.fromkeys(r["method"] for r in records if r.get("data", "shapes-pairs") == "shapes-pairs"))
-    seeds = " ".join(str(s) for s in dict.fromkeys(r["seed"] for r in records))
     lines += [
         "",
         "```",
-        f"python benchmarks/shapes_methods.py --methods {methods} --seeds {seeds} "
-        "--out benchmarks/results/shapes_methods.json",
+        *commands(records),
         "```",
         "",
         f"Machine: {first['machine']}. " + ", ".join(f"{k} {v}" for k, v in first["versions"].items()) + ".",
@@ -64,11 +61,31 @@ def methods_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def commands(records: list[dict[str, Any]]) -> list[str]:
+    """What to run for the records, a line for each set of pairs."""
+    lines = []
+    for data in dict.fromkeys(data_of(r) for r in records):
+        own = [r for r in records if data_of(r) == data]
+        methods = " ".join(dict.fromkeys(r["method"] for r in own))
+        seeds = " ".join(str(s) for s in sorted({r["seed"] for r in own}))
+        lines.append(
+            f"python benchmarks/shapes_methods.py --methods {methods} --seeds {seeds} "
+            + ("" if data == "shapes-pairs" else f"--dataset_name {data} ")
+            + "--out benchmarks/results/shapes_methods.json"
+        )
+    return lines
+
+
+def data_of(record: dict[str, Any]) -> str:
+    """The pairs of a record."""
+    return str(record.get("data", "shapes-pairs"))
+
+
 def summary_rows(records: list[dict[str, Any]]) -> list[str]:
     """One row for each method and its pairs, in the order of the records."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        runs.setdefault((record["method"], record.get("data", "shapes-pairs")), []).append(record)
+        runs.setdefault((record["method"], data_of(record)), []).append(record)
     # Runs shared their machine with other work; steps were timed beside each other, by benchmarks/method_steps.py.
     path = RESULTS / "method_steps.json"
     steps = json.loads(path.read_text())["methods"] if path.exists() else {}
@@ -93,7 +110,7 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
 
 def label(record: dict[str, Any]) -> str:
     """The method, and its pairs where they are not the bundled ones."""
-    data = record.get("data", "shapes-pairs")
+    data = data_of(record)
     return record["method"] if data == "shapes-pairs" else f"{record['method']} on {Path(data).name}"
 
 
@@ -125,6 +142,51 @@ def step_time_table(result: dict[str, Any]) -> str:
         f"```\n{result['command']}\n```",
         "",
         f"Machine: {result['machine']}. " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def selection_table(records: list[dict[str, Any]]) -> str:
+    """The table of ``benchmarks/shapes_selection.py``."""
+    first = records[0]
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (r["k"], r["select"])):
+        groups.setdefault((record["k"], record["select"]), []).append(record)
+    lines = [
+        "## Which of k images to pair",
+        "",
+        f"The base model draws k images of each of {first['pairs']} training prompts; the simulated annotators score "
+        "them, and one pair a prompt is chosen: the best with the worst, or with the one nearest to mu - 2 sigma "
+        f"of the prompt's scores. Diffusion-DPO then trains {first['steps']} steps on either. {first['images']} "
+        "held-out prompts, as above; mean over seeds, and in brackets the lowest and the highest.",
+        "",
+        "| k | rejected | gap of the pair | checker of the rejected | seeds | checker | win rate by checker | "
+        "win rate by annotators |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (k, select), runs in groups.items():
+        rejected = {"best-worst": "worst", "best-sigma": "nearest to mu - 2 sigma"}[select]
+        checker, by_checker, by_annotators = (
+            spread(values)
+            for values in (
+                [r["checker_score"] for r in runs],
+                [r["win_rate_checker"][0] for r in runs],
+                [r["win_rate_annotator"][0] for r in runs],
+            )
+        )
+        lines.append(
+            f"| {k} | {rejected} | {runs[0]['mean_gap']:.2f} | {runs[0]['checker_rejected']:.3f} | {len(runs)} | "
+            f"{checker} | {by_checker} | {by_annotators} |"
+        )
+    ks = " ".join(str(k) for k in dict.fromkeys(k for k, _ in groups))
+    lines += [
+        "",
+        "```",
+        f"python benchmarks/shapes_selection.py --ks {ks} --inference_steps 15 --images {first['images']} "
+        f"--max_train_steps {first['steps']} --out benchmarks/results/shapes_selection.json",
+        "```",
+        "",
+        f"Machine: {first['machine']}. {versions(first)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -188,6 +250,7 @@ def main() -> None:
     parts = [HEAD]
     for name, table in (
         ("shapes_methods", methods_table),
+        ("shapes_selection", selection_table),
         ("step_time", step_time_table),
         ("reward_accuracy", reward_accuracy_table),
         ("rollout", rollout_table),
