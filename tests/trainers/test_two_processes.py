@@ -55,6 +55,7 @@ def words(settings: dict[str, Any]) -> list[str]:
         ("dpo", {"beta_dpo": 500}, ("margin", "chosen_error")),
         # kl is estimated on the images of both processes, or the losses would differ from the second step on.
         ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
+        ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
     ],
 )
 def test_two_gloo_processes_give_the_losses_of_one(
