@@ -3,10 +3,12 @@
 
     python benchmarks/shapes_trials.py shapes-mapo --set beta_mapo=0.1 mapo_temperature=1000 learning_rate=1e-3
     python benchmarks/shapes_trials.py shapes-dpo --guidance 2 5
+    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm --steps 4 --guidance 1
     python benchmarks/shapes_trials.py shapes-mapo --set mapo_temperature=1000 --margins 640
 
 Trains a recipe with other settings, draws 256 captions with the base model and with the result at each guidance
-scale, same seeds, and prints the win rate against the base at the same scale. Held-out captions are not touched.
+scale, same seeds, and prints the win rate against the base at the same scale, with the same sampler and steps.
+Held-out captions are not touched.
 ``--margins`` trains nothing: it prints how a pair loss's ``margin`` is spread over so many single pairs before the
 first step.
 """
@@ -50,7 +52,7 @@ def margins(recipe: str, settings: list[str], pairs: int) -> None:
     print(f"margin of {pairs} pairs: mean {values.mean():.3f}, deviation {values.std():.3f}, beyond 3: {far:.3f}")
 
 
-def trial(recipe: str, settings: list[str], scales: list[float]) -> None:
+def trial(recipe: str, settings: list[str], scales: list[float], scheduler: str | None) -> None:
     """Train, draw, judge, print."""
     captions = sample_captions(CAPTIONS, SEED, heldout=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +60,7 @@ def trial(recipe: str, settings: list[str], scales: list[float]) -> None:
         for scale in scales:
             shapes.GUIDANCE = scale
             base, own = (
-                shapes.judge(shapes.draw(captions, lora=lora, batch_size=64), captions)
+                shapes.judge(shapes.draw(captions, lora=lora, scheduler=scheduler, batch_size=64), captions)
                 for lora in (None, Path(folder))
             )
             rates = ", ".join(
@@ -73,6 +75,8 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--guidance", nargs="+", type=float, default=[shapes.GUIDANCE])
+    parser.add_argument("--scheduler", help="lcm, ddim, ...; default: the model's own")
+    parser.add_argument("--steps", type=int, default=shapes.STEPS)
     parser.add_argument("--margins", type=int, metavar="PAIRS")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -80,7 +84,8 @@ def main() -> None:
     if args.margins:
         margins(args.recipe, args.set, args.margins)
     else:
-        trial(args.recipe, args.set, args.guidance)
+        shapes.STEPS = args.steps
+        trial(args.recipe, args.set, args.guidance, args.scheduler)
 
 
 if __name__ == "__main__":

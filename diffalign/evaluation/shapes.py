@@ -14,6 +14,7 @@ from PIL import Image
 from diffalign.assets import resolve
 from diffalign.evaluation.draw import iterate_images
 from diffalign.evaluation.stats import WinRate, win_rate
+from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.shapes import annotators, checker
 from diffalign.shapes.scene import sample_captions
 
@@ -34,6 +35,7 @@ def draw(
     base: str = "shapes-sdxl",
     lora: Path | None = None,
     lora_scale: float = 1.0,
+    scheduler: str | None = None,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> list[Image.Image]:
@@ -41,11 +43,14 @@ def draw(
 
     Args:
         lora: folder of a LoRA in the diffusers layout; None draws the base model.
+        scheduler: a name of :mod:`diffalign.pipelines.schedulers`; None is the model's own.
         progress: label of a progress bar.
     """
     from tqdm.auto import tqdm
 
     pipe = DiffusionPipeline.from_pretrained(resolve(base))
+    if scheduler is not None:
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     if lora is not None:
         pipe.load_lora_weights(str(lora), adapter_name="aligned")
         # Folded into the weights: the same model, an eighth faster here.
