@@ -217,7 +217,11 @@ def coefficients(sampler: SamplerName, alpha: Tensor, sigma: Tensor, eta: float)
 
 
 def _grid(process: NoiseProcess, config: Mapping[str, Any], num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps (N,), and alpha and sigma (N + 1,) float64, as the diffusers scheduler of the checkpoint has them."""
+    """Timesteps (N,), and alpha and sigma (N + 1,) float64, as the diffusers scheduler of the checkpoint has them.
+
+    Each step ends where the next one starts. ``DDIMScheduler.step`` goes T // N down instead, which with "trailing"
+    spacing and an N that does not divide T misses the next timestep by one, and the end of the schedule.
+    """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     if isinstance(process, FlowProcess):
