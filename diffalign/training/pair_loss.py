@@ -14,10 +14,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.config import field
 from diffalign.diffusion.error import per_sample_mse
@@ -142,6 +143,12 @@ class PairLossConfig(PairConfig):
         0.6, help="Margin of the safeguard in [0, 1]; larger is safer. Published with DPO: 0.9 (SD1.5), 0.6 (SDXL)."
     )
 
+    two_pass_gradient: bool = field(
+        False,
+        help="For small cards: take the two images of a pair through the policy one after the other, and again in the "
+        "backward pass. The same gradient, activations of one image instead of two, one forward pass more.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("safeguard_mu", 0 <= self.safeguard_mu <= 1, "in [0, 1]")
@@ -184,11 +191,28 @@ class PairTrainer(Trainer[PairLoss, PairBatch]):
         reference = r_w = r_l = None
         if self.needs.reference:
             with self.policy.reference() as network:
-                reference = self.family.predict(network, x_t, batch.timesteps, batch.text(), batch.sizes)
+                reference = self._predict(batch, x_t, lambda run: run(network))
                 r_w, r_l = per_sample_mse(reference, target).chunk(2)
-        model_pred = self.family.predict(self.policy.denoiser, x_t, batch.timesteps, batch.text(), batch.sizes)
+        policy = self.policy
+        recomputed = policy.recomputed if self.config.two_pass_gradient else lambda run: run(policy.denoiser)
+        model_pred = self._predict(batch, x_t, recomputed)
         m_w, m_l = per_sample_mse(model_pred, target).chunk(2)
         return PairErrors(m_w, m_l, r_w, r_l, batch.label, model_pred, reference, target)
+
+    def _predict(
+        self, batch: PairBatch, x_t: Tensor, with_network: Callable[[Callable[[nn.Module], Tensor]], Tensor]
+    ) -> Tensor:
+        """Predictions on both images of each pair, (2B, C, h, w), the same way for policy and reference: rounding
+        depends on how many images a network sees at once."""
+        text, passes = batch.text(), 2 if self.config.two_pass_gradient else 1
+
+        def predict(rows: slice, network: nn.Module) -> Tensor:
+            own = {name: value[rows] for name, value in text.items()}
+            return self.family.predict(network, x_t[rows], batch.timesteps[rows], own, batch.sizes[rows])
+
+        size = len(x_t) // passes
+        parts = [slice(first, first + size) for first in range(0, len(x_t), size)]
+        return torch.cat([with_network(partial(predict, rows)) for rows in parts])
 
     def compute_loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         errors = self.errors(batch)

@@ -7,7 +7,7 @@ the reference is a frozen copy, made only for methods that need one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, load_lora_state, lora_parameters, save_lora
 from diffalign.training.config import TrainingConfig
-from diffalign.training.speed import checkpoint_activations, speed_up
+from diffalign.training.speed import SameGraph, checkpoint_activations, speed_up
 
 WEIGHTS_FILE = "policy.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -140,12 +141,14 @@ class Policy:
                 yield denoiser
             return
         with torch.no_grad(), ExitStack() as stack:
-            if self.config.train_mode == "lora":
+            if self.config.train_mode == "lora" and self.config.compile_repeated_blocks:
+                yield stack.enter_context(self._holding(self._base_weights()))
+            elif self.config.train_mode == "lora":
                 for module in self.modules.values():
                     stack.enter_context(adapters_off(module))
                 yield self.modules[self._part]
             elif self._frozen is not None:
-                yield self._frozen
+                yield self._as_in_training(self._frozen)
             else:
                 raise RuntimeError("this method asked for no reference, so none was kept")
 
@@ -185,17 +188,42 @@ class Policy:
     @contextmanager
     def copy_weights(self, name: str) -> Iterator[nn.Module]:
         """The denoiser with a copy's weights, without gradients; the trained ones are back afterwards."""
+        with self._holding(self.copies[name]) as denoiser:
+            yield denoiser
+
+    def recomputed(self, predict: Callable[[nn.Module], Tensor]) -> Tensor:
+        """``predict(denoiser)``, run once more in the backward pass instead of keeping its activations until then."""
+        # The second call must not go through the wrapper of several processes: that takes every call for the start of
+        # a new step.
+        networks = iter([self.denoiser])
+
+        def run() -> Tensor:
+            return predict(next(networks, self.modules[self._part]))
+
+        prediction: Tensor = checkpoint(run, use_reentrant=False)
+        return prediction
+
+    def _base_weights(self) -> list[Tensor]:
+        """Values of the trained LoRA with which the network is the base model."""
+        named = self.parameters.items()
+        return [torch.zeros_like(p) if ".lora_B." in name else p.detach() for name, p in named]
+
+    @contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[nn.Module]:
         parameters = list(self.parameters.values())
         own = [p.data for p in parameters]
         with torch.no_grad():
             # Tensors change places and nothing is copied: in full fine-tuning this is the whole model, each step.
-            for parameter, value in zip(parameters, self.copies[name], strict=True):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.data = value
             try:
-                yield self.modules[self._part]
+                yield self._as_in_training(self.modules[self._part])
             finally:
                 for parameter, value in zip(parameters, own, strict=True):
                     parameter.data = value
+
+    def _as_in_training(self, denoiser: nn.Module) -> nn.Module:
+        return SameGraph(denoiser) if self.config.compile_repeated_blocks else denoiser
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from diffalign.data.order import OrderSampler, SampleOrder, collate
 from diffalign.data.sources import Source, Stream
 from diffalign.diffusion.random import Key, keyed_noise, keyed_uniform
 from diffalign.pipelines import Family
+from diffalign.training.ahead import read_ahead
 from diffalign.training.config import DataConfig
 from diffalign.training.loop import Batches
 
@@ -81,6 +82,11 @@ class SampleBatches(Batches[Batch]):
         """A batch of collated items; ``samples`` are what :meth:`draw` takes."""
 
     def stream(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        batches = self._batches(start_step, stop_step)
+        # What is not cached is encoded on the device, where it would get in the way of the step.
+        return read_ahead(batches) if isinstance(self.items, CachedItems) else batches
+
+    def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         sampler = OrderSampler(self.order, start_step=start_step, stop_step=stop_step, rank=self.rank)
         workers = self.config.dataloader_num_workers
         loader = DataLoader(
