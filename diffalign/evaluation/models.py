@@ -36,7 +36,8 @@ class ModelSpec:
         path: its pipeline (folder, hub id or bundled name); None for the base that the config names.
         loras: (file, folder or hub id, scale) of each LoRA on it.
         denoiser: folder of a fine-tuned denoiser that replaces the pipeline's.
-        steps, guidance: where this model wants others than the config says (a distilled model: 4 steps, guidance 1).
+        steps, guidance, scheduler: where this model wants others than the config says (a distilled model: 4 steps,
+            guidance 1, lcm).
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelSpec:
     denoiser: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    scheduler: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> ModelSpec:

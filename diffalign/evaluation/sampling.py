@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,14 @@ class SampleConfig(DrawConfig):
     """Draw images of one model for a list of prompts."""
 
     lora: list[str] = field([], help="LoRAs, each PATH or PATH@SCALE; or the folder of a fine-tuned denoiser.")
+    steps: list[int] | None = field(
+        None, help="Draw with each of these numbers of denoising steps, into a folder steps-N for each."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None and (min(self.steps, default=0) < 1 or len(set(self.steps)) < len(self.steps)):
+            raise UserError(f"steps must be different numbers of at least 1, got {self.steps}")
 
     def spec(self) -> ModelSpec:
         """The model that is drawn."""
@@ -127,16 +135,21 @@ def cases_of(config: DrawConfig) -> list[Case]:
     return plan(prompts, seeds=config.seeds, seed=config.seed, num_images_per_prompt=config.num_images_per_prompt)
 
 
-def run_sample(config: SampleConfig) -> SampleFolder:
-    """Draw what is missing of the images that a config asks for, and return their folder.
+def run_sample(config: SampleConfig) -> list[SampleFolder]:
+    """Draw what is missing of the images that a config asks for, and return their folders: one each of ``steps``.
 
     Raises:
-        UserError: a model, prompt file or setting is wrong, or the folder holds other images. Nothing is drawn then.
+        UserError: a model, prompt file or setting is wrong, or a folder holds other images. Nothing is drawn then.
     """
-    folder = Drawer(config).draw(config.spec(), cases_of(config), Path(config.output_dir))
+    spec, root, cases, drawer = config.spec(), Path(config.output_dir), cases_of(config), Drawer(config)
+    places = [(spec, root)]
+    if config.steps is not None:
+        places = [(replace(spec, steps=count), root / f"steps-{count}") for count in config.steps]
+    folders = [drawer.draw(model, cases, path) for model, path in places]
     if PartialState().is_main_process:
-        print(f"{len(folder.rows)} images in {folder.path}")
-    return folder
+        for folder in folders:
+            print(f"{len(folder.rows)} images in {folder.path}")
+    return folders
 
 
 class Drawer:
@@ -149,6 +162,7 @@ class Drawer:
         self.dtype = _dtype(config.mixed_precision, self.device)
         self._family: Family | None = None
         self._pipe: DiffusionPipeline | None = None
+        self._sampler: str | None = None
 
     def draw(self, spec: ModelSpec, cases: Sequence[Case], path: Path) -> SampleFolder:
         """Draw what is missing of ``cases`` in the folder ``path``, with this process's share of the work.
@@ -226,19 +240,20 @@ class Drawer:
             )
             side = self._family.default_resolution
             self._family.latent_shape(self.config.height or side, self.config.width or side)
-            if self.config.scheduler:
-                make_scheduler(self.config.scheduler, {})
         return self._family
 
     def _pipeline(self, spec: ModelSpec) -> DiffusionPipeline:
         family = self._load(spec)
-        if self._pipe is None:
-            self._pipe = family.pipeline(scheduler=self.config.scheduler)
+        if self._pipe is None or self._sampler != self._scheduler(spec):
+            self._sampler = self._scheduler(spec)
+            self._pipe = family.pipeline(scheduler=self._sampler)
         return self._pipe
 
     def _settings(self, spec: ModelSpec) -> dict[str, Any]:
         """Everything that an image depends on beside its prompt and seed."""
-        config, family = self.config, self._load(spec)
+        config, family, scheduler = self.config, self._load(spec), self._scheduler(spec)
+        if scheduler:
+            make_scheduler(scheduler, {})
         return {
             "model": identity(spec, family.folder),
             "vae": config.pretrained_vae_model_name_or_path,
@@ -246,7 +261,7 @@ class Drawer:
             "num_inference_steps": self._steps(spec),
             "guidance_scale": self._guidance(spec),
             "negative_prompt": config.negative_prompt,
-            "scheduler": config.scheduler,
+            "scheduler": scheduler,
             "height": config.height or family.default_resolution,
             "width": config.width or family.default_resolution,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -271,6 +286,9 @@ class Drawer:
 
     def _guidance(self, spec: ModelSpec) -> float:
         return self.config.guidance_scale if spec.guidance is None else spec.guidance
+
+    def _scheduler(self, spec: ModelSpec) -> str | None:
+        return self.config.scheduler if spec.scheduler is None else spec.scheduler
 
 
 def versions() -> dict[str, str]:

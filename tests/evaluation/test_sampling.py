@@ -73,7 +73,7 @@ def test_plan() -> None:
 def test_images_are_those_of_plain_diffusers(
     config: SampleConfig, tiny_sdxl_path: str, lora_paths: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run_sample(changed(config, lora=[f"{lora_paths[0]}@0.5"], seeds=[3], batch_size=1, scheduler="ddim"))
+    [folder] = run_sample(changed(config, lora=[f"{lora_paths[0]}@0.5"], seeds=[3], batch_size=1, scheduler="ddim"))
     assert f"3 images in {config.output_dir}" in capsys.readouterr().out
     pipe = DiffusionPipeline.from_pretrained(tiny_sdxl_path)
     from diffusers import DDIMScheduler
@@ -94,11 +94,11 @@ def test_images_are_those_of_plain_diffusers(
 
 
 def test_nothing_is_drawn_twice(config: SampleConfig, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_sample(config)
+    [first] = run_sample(config)
     assert drawn == [[0, 1], [2]]
     before = pixels(first.path)
     monkeypatch.setattr(Drawer, "_pipeline", None)  # a finished folder needs no model
-    assert len(run_sample(config).rows) == 3
+    assert len(run_sample(config)[0].rows) == 3
     assert len(drawn) == 2 and pixels(first.path) == before
 
 
@@ -168,7 +168,7 @@ def test_flat_images_are_counted(
 
     monkeypatch.setattr(sampling, "iterate_images", black)
     with caplog.at_level(logging.WARNING):
-        folder = run_sample(config)
+        [folder] = run_sample(config)
     assert all(row["flat"] for row in folder.rows.values())
     assert "3 of 3 images are one flat colour" in caplog.text
 
@@ -189,11 +189,23 @@ def test_models_that_share_a_pipeline_load_it_once(
     assert np.abs(images[0] - images[2]).max() <= 1, "a LoRA of scale 0 changes nothing"
     assert np.array_equal(images[0], images[3]), "a LoRA was left on the pipeline"
     drawer.release()
-    few = ModelSpec("few", steps=1, guidance=1.0)
+    few = ModelSpec("few", steps=1, guidance=1.0, scheduler="lcm")
     drawer.draw(few, cases, tmp_path / "few")
     assert len(loads) == 2
+    drawer.draw(ModelSpec("base"), cases, tmp_path / "after")
+    assert pixels(tmp_path / "after") == pixels(tmp_path / "0"), "its sampler was left on the pipeline"
     row = read_rows(tmp_path / "few/samples.jsonl")[0]
-    assert (row["num_inference_steps"], row["guidance_scale"]) == (1, 1.0)
+    assert (row["num_inference_steps"], row["guidance_scale"], row["scheduler"]) == (1, 1.0, "LCMScheduler")
+
+
+def test_several_numbers_of_steps_have_a_folder_each(config: SampleConfig, tmp_path: Path) -> None:
+    folders = run_sample(changed(config, steps=[1, 2], scheduler="lcm", guidance_scale=1.0))
+    assert [folder.path.name for folder in folders] == ["steps-1", "steps-2"]
+    [alone] = run_sample(changed(config, scheduler="lcm", guidance_scale=1.0, output_dir=str(tmp_path / "alone")))
+    assert pixels(tmp_path / "out/steps-2") == pixels(alone.path) != pixels(tmp_path / "out/steps-1")
+    assert read_rows(tmp_path / "out/steps-1/samples.jsonl")[0]["num_inference_steps"] == 1
+    with pytest.raises(UserError, match="different numbers of at least 1"):
+        changed(config, steps=[4, 4])
 
 
 def test_prompt_files(config: SampleConfig, tmp_path: Path) -> None:
