@@ -92,6 +92,17 @@ def test_the_student_starts_as_its_teachers_one_step_prediction(start: Any, opti
     assert torch.equal(distilled.latents, batch.latents) and torch.equal(distilled.timesteps, batch.timesteps)
 
 
+def test_an_aligned_lora_can_be_the_teacher(start: Any, tmp_path: Path) -> None:
+    aligned = start(max_train_steps=1, output_dir=str(tmp_path / "aligned")).train()
+    trainer = start(initial_lora=str(aligned), reference="start")
+    batch = first_batch(trainer)
+    student, target = by_hand(trainer, batch)
+    distilled = trainer.distil(batch)
+    assert torch.equal(distilled.student, student)
+    torch.testing.assert_close(distilled.target, target, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(student, start().distil(batch).student), "the LoRA must do something"
+
+
 def test_draws_are_each_images_own_whatever_the_micro_batch(start: Any) -> None:
     options = {"w_min": 2.0, "w_max": 4.0, "num_ddim_timesteps": 20, "proportion_empty_prompts": 0.3}
     whole = list(start(train_batch_size=4, **options).batches.stream(0, 6))
