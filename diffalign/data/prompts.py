@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError, did_you_mean
 from diffalign.imports import find_callable, is_import_path
-from diffalign.shapes.scene import sample_captions
+from diffalign.shapes.scene import sample_captions, validation_captions
 
 SHAPES_HELDOUT = "shapes-heldout"
 """The word for held-out captions of the bundled shapes world."""
 SHAPES_TRAIN = "shapes-train"
 """The word for captions of its training split."""
-_SHAPES_COUNT = {SHAPES_HELDOUT: 64, SHAPES_TRAIN: 1024}
+SHAPES_VALIDATION = "shapes-validation"
+"""The word for held-out captions that no result is reported on: to choose a checkpoint by, and when to stop."""
+_SHAPES: Mapping[str, tuple[int, Callable[[int, int], list[str]]]] = {
+    SHAPES_HELDOUT: (64, partial(sample_captions, heldout=True)),
+    SHAPES_TRAIN: (1024, sample_captions),
+    SHAPES_VALIDATION: (64, validation_captions),
+}
+"""How many captions, unless said otherwise, and where they come from."""
 
 _HUB = "hub:"
 _TABLES = (".parquet", ".arrow")
@@ -25,8 +33,8 @@ _COLUMNS = ("prompt", "caption", "text")
 _FORMS = (
     'Give a text file with a prompt a line, a JSONL file of {"prompt": ...}, a parquet file or a folder of them with '
     "a column (prompts.parquet:COLUMN), hub:NAME:COLUMN, package.module:function, path/to/file.py:function, or the "
-    f"word {SHAPES_HELDOUT}, {SHAPES_TRAIN} or diffalign-small; or a published set as partiprompts:PLACE (also hpsv2, "
-    "drawbench, pickapic, geneval, t2i-compbench)."
+    f"word {SHAPES_HELDOUT}, {SHAPES_VALIDATION}, {SHAPES_TRAIN} or diffalign-small; or a published set as "
+    "partiprompts:PLACE (also hpsv2, drawbench, pickapic, geneval, t2i-compbench)."
 )
 
 
@@ -55,9 +63,10 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
             - "diffalign-small" or ``WORD:PLACE``, a published set, see :mod:`diffalign.data.prompt_sets`; a limit then
               takes evenly from its categories;
             - a list of prompts;
-            - "shapes-heldout": captions of the shapes world that no training split holds, drawn by ``seed``; or
+            - "shapes-heldout": captions of the shapes world that no training split holds, drawn by ``seed``;
+              "shapes-validation": the same without those that results are reported on, to choose by;
               "shapes-train": captions of the training split.
-        limit: read no more than this many; without it "shapes-heldout" gives 64 and "shapes-train" 1024.
+        limit: read no more than this many; without it "shapes-train" gives 1024 and the other two 64.
         seed: for the shapes world only.
 
     Raises:
@@ -66,9 +75,9 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise UserError(f"{limit} prompts were asked for; ask for at least one.")
-    if isinstance(source, str) and source in _SHAPES_COUNT:
-        count = limit or _SHAPES_COUNT[source]
-        return [Prompt(text) for text in sample_captions(count, seed, heldout=source == SHAPES_HELDOUT)]
+    if isinstance(source, str) and source in _SHAPES:
+        count, draw = _SHAPES[source]
+        return [Prompt(text) for text in draw(limit or count, seed)]
     if isinstance(source, str) and _is_prompt_set(source):
         return _read_set(source, limit)
     if isinstance(source, (str, Path)):

@@ -16,17 +16,15 @@ from diffalign.evaluation.draw import iterate_images
 from diffalign.evaluation.stats import WinRate, win_rate
 from diffalign.pipelines.schedulers import make_scheduler
 from diffalign.shapes import annotators, checker
-from diffalign.shapes.scene import sample_captions
+from diffalign.shapes.scene import EVALUATION_SEED, reported_captions
 
-EVALUATION_SEED = 2026
-"""Seed of the held-out prompts that results are reported on; nothing is tuned on them."""
 STEPS = 25
 GUIDANCE = 5.0
 
 
 def heldout_prompts(count: int, seed: int = EVALUATION_SEED) -> list[str]:
     """``count`` captions that neither the base model nor the preference pairs were trained on."""
-    return sample_captions(count, seed, heldout=True)
+    return reported_captions(count, seed)
 
 
 def draw(

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -47,6 +49,11 @@ LEFT_OUT = {
 
 STATED = {"color": 0.85, "size": 0.5, "background": 0.8, "relation": 0.8}
 """How often a caption of the training distribution states a fact."""
+
+EVALUATION_SEED = 2026
+"""Seed of the held-out captions that results are reported on; nothing is tuned on them, and nothing chosen by them."""
+REPORTED = 1024
+"""Results are reported on no more of them than this."""
 
 _SUPERSAMPLING = 4
 _HELDOUT_SHARE = 0.1
@@ -210,24 +217,44 @@ def render(scene: Scene) -> Image.Image:
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def is_heldout(caption: str) -> bool:
-    """Whether a caption belongs to the held-out split: a tenth of all captions, by hash of what they say.
-
-    Two ways to write the same ("a left of b", "b right of a"; "a and b", "b and a") fall on the same side.
-    """
+def meaning(caption: str) -> str:
+    """One wording for all captions that say the same ("a left of b", "b right of a"; "a and b", "b and a")."""
     spec = replace(parse(caption), reversed_order=False)
     if not spec.ordered:
         spec = replace(spec, things=tuple(sorted(spec.things, key=Thing.phrase)))
-    canonical = spec.caption()
-    return int(hashlib.sha256(canonical.encode()).hexdigest()[:8], 16) / 16**8 < _HELDOUT_SHARE
+    return spec.caption()
+
+
+def is_heldout(caption: str) -> bool:
+    """Whether a caption belongs to the held-out split: a tenth of all captions, by hash of their :func:`meaning`."""
+    return int(hashlib.sha256(meaning(caption).encode()).hexdigest()[:8], 16) / 16**8 < _HELDOUT_SHARE
 
 
 def sample_captions(count: int, seed: int, heldout: bool = False) -> list[str]:
     """``count`` different captions of one split, the same for the same seed."""
+    return list(islice(_captions(seed, heldout), count))
+
+
+def reported_captions(count: int, seed: int = EVALUATION_SEED) -> list[str]:
+    """``count`` held-out captions to report results on; nothing is chosen by them."""
+    return sample_captions(count, seed, heldout=True)
+
+
+def validation_captions(count: int, seed: int) -> list[str]:
+    """``count`` held-out captions to choose by (a checkpoint, when to stop): what they say, no reported one says.
+
+    The reported ones hold nearly all that name a single thing, so these name two.
+    """
+    reported = {meaning(caption) for caption in reported_captions(REPORTED)}
+    unreported = (caption for caption in _captions(seed, heldout=True) if meaning(caption) not in reported)
+    return list(islice(unreported, count))
+
+
+def _captions(seed: int, heldout: bool) -> Iterator[str]:
     rng = np.random.default_rng([seed, int(heldout)])
-    seen: dict[str, None] = {}
-    while len(seen) < count:
+    seen: set[str] = set()
+    while True:
         caption = sample_spec(rng).caption()
-        if is_heldout(caption) == heldout:
-            seen.setdefault(caption)
-    return list(seen)
+        if caption not in seen and is_heldout(caption) == heldout:
+            seen.add(caption)
+            yield caption

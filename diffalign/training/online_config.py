@@ -30,7 +30,7 @@ class JudgedConfig(TrainingConfig):
 
     # Held-out evaluation
     heldout_prompts: str | None = field(
-        None, help="Prompts to judge by, never trained on; takes the same as prompts, such as shapes-heldout."
+        None, help="Prompts to judge by, never trained on; takes the same as prompts, such as shapes-validation."
     )
     num_heldout_prompts: int = field(64, help="How many of them, one image each.")
     evaluation_steps: int = field(50, help="Judge every so many optimiser steps, at step 0 and at the end.")

@@ -6,7 +6,8 @@ import pytest
 
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.errors import UserError
-from diffalign.shapes.scene import is_heldout
+from diffalign.evaluation.shapes import heldout_prompts
+from diffalign.shapes.scene import is_heldout, meaning
 
 
 def test_text_file(tmp_path):
@@ -122,3 +123,11 @@ def test_the_training_split_of_the_shapes_world_is_apart_from_the_held_out_one()
     captions = [prompt.text for prompt in read_prompts("shapes-train")]
     assert len(set(captions)) == 1024
     assert not any(is_heldout(caption) for caption in captions)
+
+
+def test_captions_to_choose_by_say_nothing_that_results_are_reported_on():
+    reported = {meaning(caption) for caption in heldout_prompts(1024)}
+    captions = [prompt.text for prompt in read_prompts("shapes-validation", limit=200)]
+    assert len(set(captions)) == 200 and all(map(is_heldout, captions))
+    assert not reported & {meaning(caption) for caption in captions}
+    assert {prompt.text for prompt in read_prompts("shapes-heldout")} & set(heldout_prompts(1024))
