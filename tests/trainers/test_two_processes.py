@@ -56,6 +56,12 @@ def words(settings: dict[str, Any]) -> list[str]:
         # kl is estimated on the images of both processes, or the losses would differ from the second step on.
         ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
         ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
+        # Three of four images teach the proxy, and need not be spread evenly over the processes.
+        (
+            "rg_lcd",
+            {"rewards": "shapes-clip", "proxy": "shapes-clip", "proxy_learning_rate": 1e-5, "proxy_batch_size": 3},
+            ("proxy_reward", "proxy_loss", "proxy_accuracy", "proxy_grad_norm", "reward"),
+        ),
     ],
 )
 def test_two_gloo_processes_give_the_losses_of_one(
