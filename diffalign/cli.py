@@ -12,8 +12,9 @@ from diffalign import __version__
 from diffalign.errors import DiffalignError, UserError, did_you_mean
 
 COMMANDS = {
-    "demo": ("diffalign.app.demo:main", "align the bundled model on the bundled pairs, with a grid at the end"),
+    "demo": ("diffalign.app.demo:main", "align the bundled model on the bundled pairs, with a report at the end"),
     "train": ("diffalign.app.train:main", "fine-tune a model with a method: diffalign train dpo --config FILE"),
+    "estimate": ("diffalign.app.estimate:main", "predict memory and time of a run for a card, before it is loaded"),
     "train-reward": ("diffalign.app.train_reward:main", "train a reward model of your own on preference pairs"),
     "sample": ("diffalign.app.evaluate:sample", "draw images of one model for a list of prompts"),
     "grid": ("diffalign.app.evaluate:grid", "compare models side by side: rows are prompts, columns models"),

@@ -25,6 +25,7 @@ FLOORS = {
     "diffalign.rewards": 1,
     # Validation images of a run are drawn by the code that draws grids.
     "diffalign.evaluation": 2,
+    "diffalign.estimation": 2,
     "diffalign.training": 2,
     "diffalign.search": 3,
     "diffalign.trainers": 3,

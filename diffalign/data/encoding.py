@@ -21,6 +21,8 @@ from diffalign.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_PIXELS_AT_ONCE = 1024 * 1024
+
 
 class Encoder(Protocol):
     """What the cache asks of a model family."""
@@ -51,6 +53,11 @@ class Job:
 def picture_key(content: str, placement: Placement) -> str:
     """Key of a latent in the store of one VAE."""
     return digest(content, placement.key)
+
+
+def chunk_size(height: int, width: int) -> int:
+    """Pictures of one size that the VAE sees at once: SDXL's takes 2.5 GB for each of 1024 x 1024."""
+    return max(1, _PIXELS_AT_ONCE // (height * width))
 
 
 def prompt_key(prompt: str) -> str:
@@ -93,6 +100,7 @@ def encode_pictures(
         jobs: pictures that are not in the store.
         fetch: the record at an index, called from several threads.
         dtype: in which latents are stored.
+        batch_size: pictures encoded at once; fewer where they are large, see :func:`chunk_size`.
 
     Returns:
         (key, reason) of every picture that turned out to be damaged.
@@ -129,7 +137,7 @@ def encode_pictures(
             else:
                 batch = waiting.setdefault(job.placement.target, [])
                 batch.append((job, name, pixels))
-                if len(batch) == batch_size:
+                if len(batch) >= min(batch_size, chunk_size(*job.placement.target)):
                     encode(waiting.pop(job.placement.target))
             bar.update()
         for batch in waiting.values():

@@ -238,6 +238,18 @@ class Family(ABC):
     def kohya(self) -> KohyaNames:
         """What this model is called in LoRA files of the kohya layout."""
 
+    @cached_property
+    def text_length(self) -> int:
+        """Tokens of a prompt that the text encoders see, padding included."""
+        name, kind = next(iter(self.encoder_classes.items()))
+        config: Any = kind.config_class.from_pretrained(self.folder, subfolder=name)
+        return int(config.max_position_embeddings)
+
+    @property
+    @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What :meth:`encode_prompts` gives for one prompt, by its keys, without the first dimension."""
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         """Encode prompts as the pipeline encodes its (positive) prompt.

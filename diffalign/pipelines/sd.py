@@ -39,6 +39,10 @@ class StableDiffusion(Family):
             original_unet=False,
         )
 
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.text_length, int(self._denoiser_config["cross_attention_dim"]))}
+
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         tokenizer, encoder = self.tokenizers["text_encoder"], self.text_encoders["text_encoder"]
         tokens, cut = tokenize(tokenizer, prompts)

@@ -45,6 +45,16 @@ class StableDiffusionXL(Family):
             original_unet=True,
         )
 
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self._denoiser_config
+        # The UNet takes the pooled embedding and the six embedded sizes side by side.
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return {
+            "prompt_embeds": (self.text_length, int(config["cross_attention_dim"])),
+            "pooled_prompt_embeds": (int(pooled),),
+        }
+
     def encode_prompts(self, prompts: Sequence[str], *, grad: bool = False, warn: bool = True) -> dict[str, Tensor]:
         hidden, cut, length = [], set(), 0
         with torch.set_grad_enabled(grad):

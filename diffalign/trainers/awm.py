@@ -100,6 +100,14 @@ class AWMTrainer(ForwardTrainer[AWMConfig]):
   year={2025}
 }"""
 
+    @classmethod
+    def frozen_passes(cls, config: AWMConfig) -> int:
+        return int(config.kl_beta > 0) + cls.slow_copies(config)
+
+    @classmethod
+    def slow_copies(cls, config: AWMConfig) -> int:
+        return int(config.num_updates_per_rollout * config.num_inner_epochs > 1) + int(config.ema_beta > 0)
+
     def copies(self) -> tuple[str, ...]:
         wanted = {"old": self.arithmetic.steps_per_rollout > 1, "ema": self.config.ema_beta > 0}
         return tuple(name for name in self.needs.copies if wanted[name])

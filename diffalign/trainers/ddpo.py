@@ -77,6 +77,10 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
   year={2024}
 }"""
 
+    @classmethod
+    def frozen_passes(cls, config: DDPOConfig) -> int:
+        return int(config.kl_beta > 0)
+
     def compute_loss(self, batch: OnlineBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         frozen = None

@@ -217,6 +217,14 @@ class LCDTrainer(ImageTrainer[Distillation]):
                 # Or a pipeline would draw the teacher, too, by an embedding instead of by guidance.
                 teacher.register_to_config(time_cond_proj_dim=None)  # type: ignore[operator]
 
+    @classmethod
+    def frozen_passes(cls, config: LCDConfig) -> int:
+        return 3  # The teacher's two branches, and the target.
+
+    @classmethod
+    def slow_copies(cls, config: LCDConfig) -> int:
+        return int(config.train_mode == "full" or config.use_ema)
+
     def make_batches(self) -> LCDBatches:
         config, family = self.config, self.family
         grid = solver_grid(family.noise_process, config.num_ddim_timesteps)

@@ -29,12 +29,14 @@ from diffalign.data.prompts import Prompt
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.diffusion.random import key_seed, keyed_noise, keyed_uniform
 from diffalign.errors import UserError
+from diffalign.estimation.work import Work
 from diffalign.training.groups import PromptOrder
 from diffalign.training.loop import Batches
 from diffalign.training.online_config import PromptConfig
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, guided_predict, starting_noise, step_noise
 from diffalign.training.scoring import Scorer
+from diffalign.training.work import gradient_work
 
 Gradient = Literal["draft", "draft_lv", "refl", "alignprop"]
 
@@ -130,6 +132,20 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
   booktitle={ICLR},
   year={2024}
 }"""
+
+    @classmethod
+    def work(cls, config: RewardGradientConfig, processes: int = 1) -> Work:
+        return gradient_work(
+            config,
+            frozen_passes=cls.frozen_passes(config),
+            copies=cls.slow_copies(config),
+            steps_with_gradient=config.gradient_steps if config.gradient in ("draft", "alignprop") else 1,
+            times=config.lv_samples if config.gradient == "draft_lv" else 1,
+        )
+
+    @classmethod
+    def frozen_passes(cls, config: RewardGradientConfig) -> int:
+        return int(config.kl_beta > 0)
 
     def make_batches(self) -> PromptBatches:
         self.read_prompts()

@@ -35,6 +35,7 @@ from diffalign.config import field
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.random import keyed_permutation
 from diffalign.errors import UserError
+from diffalign.estimation.work import Work
 from diffalign.rewards.combine import CombinedRewards
 from diffalign.trainers.lcd import Distilled, LCDBatches, LCDConfig, LCDTrainer
 from diffalign.trainers.reward_gradient import reward_loss
@@ -45,6 +46,7 @@ from diffalign.training.proxy_learner import Lesson, ProxyConfig, ProxyLearner, 
 from diffalign.training.run_log import RunLog
 from diffalign.training.scoring import Scorer
 from diffalign.training.validation import draw_images
+from diffalign.training.work import with_rewarded_images
 
 _STATE = "rg_lcd_state.json"
 
@@ -117,6 +119,11 @@ class RGLCDTrainer(LCDTrainer[RGLCDConfig]):
 }"""
     judge: Judge | None = None
     learner: ProxyLearner | None = None
+
+    @classmethod
+    def work(cls, config: RGLCDConfig, processes: int = 1) -> Work:
+        plain = super().work(config, processes)
+        return plain if config.proxy or not config.reward_scale else with_rewarded_images(plain, config)
 
     def make_batches(self) -> LCDBatches:
         config = self.config

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import UserError
+from diffalign.estimation.work import Work
 from diffalign.pipelines import Family, load_family
 from diffalign.training.config import TrainingConfig
 from diffalign.training.model_card import write_model_card
@@ -25,6 +26,7 @@ from diffalign.training.run_log import RunLog
 from diffalign.training.steps import Batch, Batches, Plan, StepLoop, StopAsked, Stopped
 from diffalign.training.summary import summarise
 from diffalign.training.validation import Sampling, Validation
+from diffalign.training.work import offline_work
 
 __all__ = ["DTYPES", "Batch", "Batches", "Config", "Needs", "Plan", "StopAsked", "Stopped", "Trainer"]
 
@@ -78,6 +80,28 @@ class Trainer(StepLoop[Config, Batch]):
         self.validation = Validation(
             config, self.policy, self.accelerator, self.output_dir, self.sampling(), self.base_sampling()
         )
+
+    @classmethod
+    def work(cls, config: Any, processes: int = 1) -> Work:
+        """What a run will do on each of so many processes, for `diffalign estimate`. By default that of a method that
+        learns from images on disk. ``config`` is the method's own."""
+        return offline_work(
+            config,
+            passes=cls.needs.policy_passes,
+            frozen_passes=cls.frozen_passes(config),
+            needs_reference=cls.needs.reference,
+            copies=cls.slow_copies(config),
+        )
+
+    @classmethod
+    def frozen_passes(cls, config: Any) -> int:
+        """Forward passes without gradient beside each one of the policy's: the reference's, slow copies'."""
+        return int(cls.needs.reference)
+
+    @classmethod
+    def slow_copies(cls, config: Any) -> int:
+        """Slow copies of the trained weights that a run keeps, its EMA apart."""
+        return 0
 
     @abstractmethod
     def make_batches(self) -> Batches[Batch]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.random import Key, keyed_permutation
 from diffalign.errors import DiffalignError, UserError
+from diffalign.estimation.work import Work
 from diffalign.pipelines import Family
 from diffalign.training.advantages import PromptStatTracker
 from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
@@ -34,6 +35,7 @@ from diffalign.training.online_config import OnlineConfig
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
 from diffalign.training.scoring import RolloutScorer, Scored
+from diffalign.training.work import online_work
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +149,17 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
         self.tracker = PromptStatTracker(config.tracker_buffer_size, config.tracker_min_count)
         self.stats: dict[str, float] = {}
         super().__init__(config, family)
+
+    @classmethod
+    def work(cls, config: Any, processes: int = 1) -> Work:
+        return online_work(
+            config,
+            frozen_passes=cls.frozen_passes(config),
+            replays_steps=cls.needs.steps,
+            needs_reference=cls.needs.reference,
+            copies=cls.slow_copies(config),
+            processes=processes,
+        )
 
     def passes_per_image(self) -> int:
         """Forward passes of training for each image: the sampling steps that are trained on."""

@@ -52,6 +52,13 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, **settings)
 
 
+def state_bytes(config: RunConfig) -> int:
+    """Bytes of the optimiser's state for each number that trains."""
+    if config.optimizer == "adafactor":
+        return 0  # Factored second moments: a row and a column instead of a matrix.
+    return 2 if config.use_8bit_adam else 8
+
+
 def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """The schedule named ``config.lr_scheduler`` over ``steps`` optimiser steps.
 

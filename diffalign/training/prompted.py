@@ -59,6 +59,14 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
         """The slow copies that these settings need; each takes as much memory as what trains."""
         return self.needs.copies
 
+    @classmethod
+    def frozen_passes(cls, config: Any) -> int:
+        return int(cls.needs.reference) + cls.slow_copies(config)
+
+    @classmethod
+    def slow_copies(cls, config: Any) -> int:
+        return len(cls.needs.copies)
+
     def read_prompts(self) -> None:
         """Read the prompts and make the sampler's steps; the first thing that ``make_batches`` does."""
         config = self.config

@@ -6,22 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from diffalign.training.config import TrainingConfig
+from diffalign.training.optimizers import state_bytes
 from diffalign.training.policy import Policy
 
 if TYPE_CHECKING:
     from diffalign.training.steps import Plan
 
-_ADAM_BYTES = 8
-_ADAM_8BIT_BYTES = 2
-# Factored second moments: a row and a column instead of a matrix.
-_ADAFACTOR_BYTES = 0
-
 
 def estimate_memory(config: TrainingConfig, policy: Policy) -> int:
     """Bytes for weights, gradients and optimiser state on one device; activations come on top."""
-    optimizer = _ADAFACTOR_BYTES if config.optimizer == "adafactor" else _ADAM_BYTES
-    if config.use_8bit_adam:
-        optimizer = _ADAM_8BIT_BYTES
+    optimizer = state_bytes(config)
     weights = sum(p.numel() * p.element_size() for m in policy.modules.values() for p in m.parameters())
     trained = sum(p.numel() * (p.element_size() + optimizer + 4 * config.use_ema) for p in policy.parameters.values())
     return weights + trained + policy.frozen_bytes
