@@ -88,6 +88,7 @@ def dynamo(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return compiled
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_losses_of_eager_ones(
     pair_settings: Settings, plain: tuple[list[float], dict[str, Tensor]], dynamo: list[Any]
 ) -> None:
@@ -98,6 +99,7 @@ def test_compiled_blocks_give_the_losses_of_eager_ones(
     assert not counted["unimplemented"], "a block fell back to running uncompiled"
 
 
+@pytest.mark.slow
 def test_a_compiled_reference_has_the_graph_of_the_policy(pair_settings: Settings, dynamo: list[Any]) -> None:
     trainer = DPOTrainer(DPOConfig(**pair_settings(**PLAIN, compile_repeated_blocks=True)))
     batch = next(trainer.batches.stream(0, 1))
