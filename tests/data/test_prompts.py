@@ -126,8 +126,8 @@ def test_the_training_split_of_the_shapes_world_is_apart_from_the_held_out_one()
 
 
 def test_captions_to_choose_by_say_nothing_that_results_are_reported_on():
-    reported = {meaning(caption) for caption in heldout_prompts(1024)}
-    captions = [prompt.text for prompt in read_prompts("shapes-validation", limit=200)]
-    assert len(set(captions)) == 200 and all(map(is_heldout, captions))
-    assert not reported & {meaning(caption) for caption in captions}
-    assert {prompt.text for prompt in read_prompts("shapes-heldout")} & set(heldout_prompts(1024))
+    reported = set(heldout_prompts(1024))
+    captions = [prompt.text for prompt in read_prompts("shapes-validation", limit=100)]
+    assert len(set(captions)) == 100 and all(map(is_heldout, captions))
+    assert not set(map(meaning, reported)) & set(map(meaning, captions))
+    assert reported & {prompt.text for prompt in read_prompts("shapes-heldout")}
