@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from distil_tables import distil_tables
 from rewards_tables import rewards_tables, rollout_table
 
 ROOT = Path(__file__).parent
@@ -255,6 +256,7 @@ def main() -> None:
         ("reward_accuracy", reward_accuracy_table),
         ("rollout", rollout_table),
         ("shapes_rewards", rewards_tables),
+        ("shapes_distil", distil_tables),
         ("reward_throughput", reward_throughput_table),
     ):
         path = RESULTS / f"{name}.json"

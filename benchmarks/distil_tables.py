@@ -1,0 +1,166 @@
+"""The part of docs/results.md on few-step students, of shapes_distil.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import log10
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from line_chart import Line, Panel, svg
+
+Record = dict[str, Any]
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "shapes-distil-spectrum.svg"
+NAMES = {
+    "teacher": "teacher",
+    "lcd": "LCD",
+    "direct": "RG-LCD through the decoder",
+    "proxy": "RG-LCD by proxy",
+    "proxy-checker": "RG-LCD by proxy of the checker",
+}
+
+
+def distil_tables(result: dict[str, Any]) -> str:
+    """The tables of ``benchmarks/shapes_distil.py``; writes the picture that they show."""
+    records: list[Record] = result["records"]
+    prompts, images = result["diverse"]
+    lines = [
+        "## Few-step students on the shapes world",
+        "",
+        f"{result['images']} held-out prompts, one image each, the same seeds for all. The teacher is drawn with "
+        f"guidance {result['teacher_guidance']:g}, students by LCMScheduler without. The reward is the bundled CLIP, "
+        "which RG-LCD is trained by, but where its proxy learns the checker. Win rate against the teacher at 50 steps "
+        "by the simulated annotators, ties half. Diversity: distance of 16-pixel thumbnails within a prompt, "
+        f"{images} images of each of {prompts}. Fine power: mean power from 0.25 cycles a pixel on, relative to that "
+        "of true pictures of the prompts. Mean over the seeds, in brackets lowest and highest; time is of one image in "
+        "batches, all samplers taken in turns.",
+        "",
+        "| | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | diversity | "
+        "time an image | fine power |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(row(group, result) for group in grouped(records)),
+        *(reference_row(name, found, result) for name, found in result.get("references", {}).items()),
+        "",
+        *win_rows(records),
+    ]
+    if "references" in result and any(r["name"] != "teacher" for r in records):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(spectrum_picture(result))
+        lines += ["", f"![Power spectra, relative to true pictures](images/{PICTURE.name})", ""]
+        lines += ["Power spectra in 2 steps (the teacher in 50), as powers of ten relative to true pictures.", ""]
+    lines += training_rows(records)
+    lines += ["", f"```\n{result['command']}\n```", "", f"Machine: {result['machine']}. " + versions(result)]
+    return "\n".join(lines) + "\n"
+
+
+def grouped(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of one model and number of steps together, over the seeds, in the order of the page."""
+    keys = sorted({(list(NAMES).index(r["name"]), r["steps"]) for r in records})
+    return [[r for r in records if (list(NAMES).index(r["name"]), r["steps"]) == key] for key in keys]
+
+
+def row(group: Sequence[Record], result: dict[str, Any]) -> str:
+    """One row of the table."""
+    first = group[0]
+    kind = "teacher" if first["name"] == "teacher" else "student"
+    seconds = result.get("seconds", {}).get(f"{kind} {first['steps']}")
+    cells = [
+        NAMES[first["name"]],
+        str(first["steps"]),
+        str(len(group)) if kind == "student" else "",
+        *(over_seeds(group, lambda r, n=name: r[n], digits) for name, digits in SCORES),
+        over_seeds(group, lambda r: r["win_rate"][0], 3) if "win_rate" in first else "",
+        over_seeds(group, lambda r: r["diversity"], 3),
+        f"{1000 * seconds:.1f} ms" if seconds else "",
+        over_seeds(group, lambda r: r["fine_power"] / true_power(result), 2) if true_power(result) else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+SCORES = (("reward", 2), ("checker", 3), ("annotator", 3))
+
+
+def reference_row(name: str, found: Record, result: dict[str, Any]) -> str:
+    """True pictures: no time and no win rate."""
+    scores = [f"{found[score]:.{digits}f}" for score, digits in SCORES]
+    return f"| {name} | | | {' | '.join(scores)} | | | | {found['fine_power'] / true_power(result):.2f} |"
+
+
+def true_power(result: dict[str, Any]) -> float:
+    """Fine power of true pictures; 0 where it is not measured yet."""
+    found: float = result.get("references", {}).get("renderings", {}).get("fine_power", 0.0)
+    return found
+
+
+def over_seeds(group: Sequence[Record], value: Callable[[Record], float], digits: int) -> str:
+    """mean [lowest, highest], or the number where there is one."""
+    values = [value(record) for record in group]
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def win_rows(records: Sequence[Record]) -> list[str]:
+    """The win rate of each run with its interval."""
+    students = [r for group in grouped(records) for r in group if "win_rate" in r]
+    if not students:
+        return []
+    lines = [
+        "Win rate of each run against the teacher at 50 steps, with its 95 % Wilson interval:",
+        "",
+        "| | steps | seed | wins |",
+        "|---|---|---|---|",
+    ]
+    for r in students:
+        rate, low, high = r["win_rate"]
+        lines.append(f"| {NAMES[r['name']]} | {r['steps']} | {r['seed']} | {rate:.3f} [{low:.3f}, {high:.3f}] |")
+    return lines
+
+
+def training_rows(records: Sequence[Record]) -> list[str]:
+    """What training took, of each student, over the seeds."""
+    runs: dict[str, dict[int, Record]] = {}
+    for r in records:
+        if "train_seconds" in r:
+            runs.setdefault(r["name"], {})[r["seed"]] = r
+    if not runs:
+        return []
+    lines = [
+        "What training took, and how far the proxy agrees with the reward on the pairs that it is taught by (in the "
+        "first and last 20 steps, before it is taught them):",
+        "",
+        "| | steps | a step | peak memory | agreement, first | last |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, by_seed in sorted(runs.items(), key=lambda item: list(NAMES).index(item[0])):
+        group = list(by_seed.values())
+        agreement = ["", ""]
+        if "proxy_accuracy_first" in group[0]:
+            agreement = [
+                over_seeds(group, lambda r, p=part: r[f"proxy_accuracy_{p}"], 3) for part in ("first", "last")
+            ]
+        step = over_seeds(group, lambda r: r["step_seconds"], 2)
+        memory = f"{mean(r['peak_memory_mib'] for r in group):,.0f} MiB"
+        lines.append(f"| {NAMES[name]} | {group[0]['train_steps']} | {step} s | {memory} | {' | '.join(agreement)} |")
+    return lines
+
+
+def spectrum_picture(result: dict[str, Any]) -> str:
+    """Power of the teacher and of students in 2 steps, over that of true pictures."""
+    true = result["references"]["renderings"]["spectrum"]
+    chosen: dict[str, list[Record]] = {}
+    for r in result["records"]:
+        if (r["name"], r["steps"]) == ("teacher", 50) or (r["name"] != "teacher" and r["steps"] == 2):
+            chosen.setdefault(r["name"], []).append(r)
+    lines = {}
+    for name in [n for n in NAMES if n in chosen]:
+        curves = [[log10(p / t) for p, t in zip(r["spectrum"], true, strict=True)] for r in chosen[name]]
+        columns = list(zip(*curves, strict=True))
+        lines[name] = Line(result["frequencies"], *([f(c) for c in columns] for f in (mean, min, max)))
+    return svg([Panel("power relative to true pictures, powers of ten", "cycles a pixel", lines)])
+
+
+def versions(result: dict[str, Any]) -> str:
+    """library version, library version."""
+    return ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."
