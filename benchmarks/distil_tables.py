@@ -33,8 +33,8 @@ def distil_tables(result: dict[str, Any]) -> str:
         "which RG-LCD is trained by, but where its proxy learns the checker. Win rate against the teacher at 50 steps "
         "by the simulated annotators, ties half. Diversity: distance of 16-pixel thumbnails within a prompt, "
         f"{images} images of each of {prompts}. Fine power: mean power from 0.25 cycles a pixel on, relative to that "
-        "of true pictures of the prompts. Mean over the seeds, in brackets lowest and highest; time is of one image in "
-        "batches, all samplers taken in turns.",
+        "of true pictures of the prompts. Mean over the seeds, in brackets lowest and highest; time is of one image "
+        "in batches, all samplers taken in turns.",
         "",
         "| | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | diversity | "
         "time an image | fine power |",
