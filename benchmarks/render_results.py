@@ -37,7 +37,7 @@ def methods_table(records: list[dict[str, Any]]) -> str:
         "",
         "Each run:",
         "",
-        f"{first['images']} held-out prompts, one image each and model, same seeds for both ({first['sampling']}). "
+        f"{first['images']} held-out prompts, one image each and model, same seeds for both ({samplings(records)}). "
         "Win rate of the aligned model against the base, ties half, with its 95 % Wilson interval: by the checker "
         "(facts of the caption that hold) and by the simulated annotators (who made the preference pairs).",
         "",
@@ -107,6 +107,13 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
             f"{passes:,.0f} | {step} | {memory:,.0f} MiB |"
         )
     return lines
+
+
+def samplings(records: list[dict[str, Any]]) -> str:
+    """How images were drawn; methods that distil into few steps are named."""
+    usual = records[0]["sampling"]
+    others = dict.fromkeys((r["method"], r["sampling"]) for r in records if r["sampling"] != usual)
+    return "; ".join([usual, *(f"{method} in {how}" for method, how in others)])
 
 
 def label(record: dict[str, Any]) -> str:

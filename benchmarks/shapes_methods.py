@@ -121,14 +121,15 @@ def measure(
         raise SystemExit(f"{' '.join(command)} ended with exit code {code}")
     seconds = time.monotonic() - start
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    aligned = judge(draw(prompts, lora=run, progress=f"{method} {seed}"), prompts)
+    sampling = sampling_of(run)
+    aligned = judge(draw(prompts, lora=run, progress=f"{method} {seed}", **sampling), prompts)
     rates = compare(aligned, base)
     return {
         "method": method,
         "seed": seed,
         "data": data,
         "images": len(prompts),
-        "sampling": f"{STEPS} steps, guidance {GUIDANCE:g}",
+        "sampling": f"{sampling.get('steps', STEPS)} steps, guidance {sampling.get('guidance', GUIDANCE):g}",
         "base_checker_score": round(float(base.checker.mean()), 4),
         "checker_score": round(float(aligned.checker.mean()), 4),
         "base_annotator_utility": round(float(base.annotator.mean()), 4),
@@ -147,6 +148,18 @@ def measure(
         "command": "diffalign " + " ".join(command[3:]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def sampling_of(run: Path) -> dict[str, Any]:
+    """How the result is drawn: a distilled one by its own sampler, in its few steps; any other as the base model."""
+    config = load_yaml(run / "config.yaml")
+    if config.get("validation_scheduler") is None:
+        return {}
+    return {
+        "scheduler": config["validation_scheduler"],
+        "steps": config["validation_inference_steps"],
+        "guidance": config["validation_guidance_scale"],
     }
 
 

@@ -34,6 +34,8 @@ def draw(
     lora: Path | None = None,
     lora_scale: float = 1.0,
     scheduler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> list[Image.Image]:
@@ -42,6 +44,7 @@ def draw(
     Args:
         lora: folder of a LoRA in the diffusers layout; None draws the base model.
         scheduler: a name of :mod:`diffalign.pipelines.schedulers`; None is the model's own.
+        steps, guidance: by default :data:`STEPS` and :data:`GUIDANCE`.
         progress: label of a progress bar.
     """
     from tqdm.auto import tqdm
@@ -57,8 +60,8 @@ def draw(
         pipe,
         list(prompts),
         list(range(len(prompts))),
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
+        num_inference_steps=STEPS if steps is None else steps,
+        guidance_scale=GUIDANCE if guidance is None else guidance,
         batch_size=batch_size,
     )
     return list(tqdm(images, total=len(prompts), desc=progress, unit="image", disable=progress is None))
