@@ -101,6 +101,10 @@ class AWMTrainer(ForwardTrainer[AWMConfig]):
 }"""
 
     @classmethod
+    def needs_reference(cls, config: AWMConfig) -> bool:
+        return config.train_mode == "lora" or config.kl_beta > 0  # Beside a LoRA it costs nothing.
+
+    @classmethod
     def frozen_passes(cls, config: AWMConfig) -> int:
         return int(config.kl_beta > 0) + cls.slow_copies(config)
 

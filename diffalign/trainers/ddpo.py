@@ -78,6 +78,10 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
 }"""
 
     @classmethod
+    def needs_reference(cls, config: DDPOConfig) -> bool:
+        return config.train_mode == "lora" or config.kl_beta > 0  # Beside a LoRA it costs nothing.
+
+    @classmethod
     def frozen_passes(cls, config: DDPOConfig) -> int:
         return int(config.kl_beta > 0)
 
@@ -108,6 +112,8 @@ class DDPOTrainer(OnlineTrainer[DDPOConfig]):
         return loss, report
 
     def health(self, batch: OnlineBatch) -> dict[str, float]:
+        if not self.needs_reference(self.config):
+            return {}
         with self.policy.reference() as reference:
             frozen = self._step(reference, batch)
         return {"kl_to_reference": float(self._step(self.policy.denoiser, batch).kl(frozen).mean())}

@@ -96,6 +96,14 @@ class NFTTrainer(ForwardTrainer[NFTConfig]):
   year={2025}
 }"""
 
+    @classmethod
+    def needs_reference(cls, config: NFTConfig) -> bool:
+        return config.train_mode == "lora" or config.kl_beta > 0  # Beside a LoRA it costs nothing.
+
+    @classmethod
+    def frozen_passes(cls, config: NFTConfig) -> int:
+        return int(config.kl_beta > 0) + cls.slow_copies(config)
+
     def drawing(self) -> Any:
         return self.policy.copy_weights("old")
 
@@ -108,8 +116,10 @@ class NFTTrainer(ForwardTrainer[NFTConfig]):
         # Before the policy's own pass: copies are swapped into the live weights, which its backward pass needs as is.
         with self.policy.copy_weights("old") as old:
             pred_old = self.predict(old, given, batch)
-        with self.policy.reference() as reference:
-            pred_ref = self.predict(reference, given, batch)
+        pred_ref = None
+        if config.kl_beta:
+            with self.policy.reference() as reference:
+                pred_ref = self.predict(reference, given, batch)
         pred = self.predict(self.policy.denoiser, given, batch)
         r = optimality(batch.advantages, config.advantage_clip)
         losses = nft_loss(
@@ -123,10 +133,13 @@ class NFTTrainer(ForwardTrainer[NFTConfig]):
             config.nft_beta,
             config.advantage_clip,
         )
-        pull = per_sample_mse(pred, pred_ref).mean()
-        loss = (batch.weight * losses).mean() + config.kl_beta * pull
-        return loss, {
+        loss = (batch.weight * losses).mean()
+        report = {
             "policy_loss": losses.mean().detach(),
-            "distance_to_reference": pull.detach(),
             "distance_to_old": per_sample_mse(pred, pred_old).mean().detach(),
         }
+        if pred_ref is not None:
+            pull = per_sample_mse(pred, pred_ref).mean()
+            report["distance_to_reference"] = pull.detach()
+            loss = loss + config.kl_beta * pull
+        return loss, report

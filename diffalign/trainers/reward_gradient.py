@@ -144,6 +144,10 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
         )
 
     @classmethod
+    def needs_reference(cls, config: RewardGradientConfig) -> bool:
+        return config.train_mode == "lora" or config.kl_beta > 0  # Beside a LoRA it costs nothing.
+
+    @classmethod
     def frozen_passes(cls, config: RewardGradientConfig) -> int:
         return int(config.kl_beta > 0)
 

@@ -73,9 +73,11 @@ class Trainer(StepLoop[Config, Batch]):
             # Weights that train stay in float32, and so does their frozen copy: at the start both must be equal.
             dtype=DTYPES[config.mixed_precision] if config.train_mode == "lora" else torch.float32,
             device=self.accelerator.device,
+            quantize=config.quantize_base,
+            offload_idle=config.offload_idle,
         )
         self.batches = self.make_batches()
-        self.policy = Policy(self.family, config, self.accelerator, self.needs.reference)
+        self.policy = Policy(self.family, config, self.accelerator, self.needs_reference(config))
         self.make_optimizer()
         self.validation = Validation(
             config, self.policy, self.accelerator, self.output_dir, self.sampling(), self.base_sampling()
@@ -89,9 +91,14 @@ class Trainer(StepLoop[Config, Batch]):
             config,
             passes=cls.needs.policy_passes,
             frozen_passes=cls.frozen_passes(config),
-            needs_reference=cls.needs.reference,
+            needs_reference=cls.needs_reference(config),
             copies=cls.slow_copies(config),
         )
+
+    @classmethod
+    def needs_reference(cls, config: Any) -> bool:
+        """Whether these settings need a reference, for which a full fine-tune keeps a frozen copy of the model."""
+        return cls.needs.reference
 
     @classmethod
     def frozen_passes(cls, config: Any) -> int:

@@ -156,7 +156,7 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
             config,
             frozen_passes=cls.frozen_passes(config),
             replays_steps=cls.needs.steps,
-            needs_reference=cls.needs.reference,
+            needs_reference=cls.needs_reference(config),
             copies=cls.slow_copies(config),
             processes=processes,
         )

@@ -105,10 +105,11 @@ class ForwardTrainer(OnlineTrainer[Config], Generic[Config]):
 
     def health(self, batch: OnlineBatch) -> dict[str, float]:
         """Mean squared distance of predictions to the reference's; not in full fine-tuning that keeps none."""
-        if self.config.train_mode == "full" and not self.needs.reference:
+        needed = self.needs_reference(self.config)
+        if self.config.train_mode == "full" and not needed:
             return {}
         given = self.renoised(batch)
-        with self.policy.reference() if self.needs.reference else self.policy.base() as network:
+        with self.policy.reference() if needed else self.policy.base() as network:
             frozen = self.predict(network, given, batch)
         own = self.predict(self.policy.modules[self.family.denoiser_part], given, batch)
         return {"distance_to_reference": float(per_sample_mse(own, frozen).mean())}

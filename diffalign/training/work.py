@@ -79,7 +79,9 @@ def offline_work(config: Any, *, passes: int, frozen_passes: int, needs_referenc
         copies: slow copies of the trained weights.
     """
     model = model_of(config)
-    count, size = config.gradient_accumulation_steps, config.train_batch_size * passes
+    # The two images of a pair one after the other, and each once more where it is differentiated.
+    apart = passes if getattr(config, "two_pass_gradient", False) else 1
+    count, size = config.gradient_accumulation_steps * apart, config.train_batch_size * passes // apart
     parts: frozenset[Part] = frozenset({"denoiser"})
     inside: list[Pass] = []
     phases: list[Phase] = []
@@ -87,17 +89,20 @@ def offline_work(config: Any, *, passes: int, frozen_passes: int, needs_referenc
         phases.append(_caching(model, config))
     else:
         parts = _ALL
-        inside.append(Pass("encode images", "vae_encoder", size, count, autocast=False))
+        inside.append(Pass("encode images", "vae_encoder", size * apart, count / apart, autocast=False))
     if config.train_text_encoder:
         parts |= _TEXT_ENCODERS
-        inside += [Pass("text encoders", "text_encoders", size, count, grad=True)]
+        inside.append(Pass("text encoders", "text_encoders", size * apart, count / apart, grad=True))
     elif not config.cache_latents:
-        inside.append(Pass("encode prompts", "text_encoders", size, count))
+        inside.append(Pass("encode prompts", "text_encoders", size * apart, count / apart))
     if frozen_passes:
         inside.append(Pass("reference", "denoiser", size, count * frozen_passes, adapters=False))
+    if apart > 1:
+        inside.append(Pass("policy, first pass", "denoiser", size, count))
     inside.append(Pass("policy", "denoiser", size, count, grad=True))
     phases.append(Phase("step", tuple(inside), parts))
-    return finish(config, model, phases, needs_reference, copies, count * config.train_batch_size, passes > 1)
+    samples = config.gradient_accumulation_steps * config.train_batch_size
+    return finish(config, model, phases, needs_reference, copies, samples, passes > 1)
 
 
 def finish(
@@ -210,7 +215,7 @@ def gradient_work(config: Any, *, frozen_passes: int, copies: int, steps_with_gr
         passes.insert(1, Pass("reference", "denoiser", size, count, adapters=False))
     phases = [Phase("step", tuple(passes), _ALL | {"rewards"})]
     samples = config.gradient_accumulation_steps * config.train_batch_size
-    return finish(config, model, phases, True, copies, samples, False)
+    return finish(config, model, phases, frozen_passes > 0, copies, samples, False)
 
 
 def with_rewarded_images(work: Work, config: Any) -> Work:

@@ -85,6 +85,19 @@ def test_full_fine_tuning(method: str, online_settings: Settings, tmp_path: Path
     assert (tmp_path / "run" / "unet" / "config.json").exists()
 
 
+@pytest.mark.parametrize("method", ["ddpo", "awm", "nft"])
+def test_a_full_fine_tune_keeps_a_frozen_copy_only_for_a_pull_to_it(method: str, online_settings: Settings) -> None:
+    own = {"train_mode": "full", "max_train_steps": 2, "learning_rate": 1e-4}
+    rows = run(method, online_settings(**own, kl_beta=0.0))
+    assert all(row["grad_norm"] > 0 and not {"kl_to_reference", "distance_to_reference"} & row.keys() for row in rows)
+    without, with_one = (
+        make(method, online_settings(**own, kl_beta=beta, overwrite_output_dir=True)) for beta in (0.0, 0.1)
+    )
+    weights = sum(p.numel() * p.element_size() for p in without.family.denoiser.parameters())
+    assert without.policy.frozen_bytes == 0 and with_one.policy.frozen_bytes == weights
+    assert with_one.work(with_one.config).frozen_copy and not without.work(without.config).frozen_copy
+
+
 def test_checkpointed_activations_give_the_same_run(online_settings: Settings, tmp_path: Path) -> None:
     own = {"max_train_steps": 2, "ema_beta": 1.0}
     plain = run("awm", online_settings(**own))

@@ -182,3 +182,10 @@ def test_a_run_resumed_is_the_run_that_was_not_stopped(gradient_settings: Settin
 def test_a_reward_without_a_gradient_is_refused(gradient_settings: Settings) -> None:
     with pytest.raises(UserError, match="no gradient can pass through jpeg_compressibility"):
         make(gradient_settings(rewards=["jpeg_compressibility"]))
+
+
+def test_a_full_fine_tune_keeps_a_frozen_copy_only_for_a_pull_to_it(gradient_settings: Settings) -> None:
+    own = {"train_mode": "full", "overwrite_output_dir": True}
+    without, with_one = (make(gradient_settings(**own, kl_beta=beta)) for beta in (0.0, 0.1))
+    assert without.policy.frozen_bytes == 0 < with_one.policy.frozen_bytes
+    assert with_one.work(with_one.config).frozen_copy and not without.work(without.config).frozen_copy
