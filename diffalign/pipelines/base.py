@@ -30,6 +30,7 @@ from diffalign.pipelines.adapters import DENOISER_TARGETS, TEXT_TARGETS, LoraSpe
 from diffalign.pipelines.files import fingerprint_files, load_config, load_part, locate
 from diffalign.pipelines.kohya import KohyaNames
 from diffalign.pipelines.prompts import tokenize
+from diffalign.pipelines.savings import Quantization, at_work, quantized, wait_on_cpu
 from diffalign.pipelines.schedulers import make_scheduler
 
 PARTS = ("denoiser", "vae", "text_encoders")
@@ -47,6 +48,7 @@ class Family(ABC):
         dtype: of the frozen weights: float32 on a CPU, bfloat16 or float16 on a GPU.
         vae_dtype: of the VAE; by default the safe one (:func:`diffalign.pipelines.vae.safe_dtype`).
         device: where parts are loaded.
+        quantize, offload_idle: bits of the denoiser, parts on the CPU: see :mod:`diffalign.pipelines.savings`.
 
     Raises:
         UserError: there is no such checkpoint, or the replacement VAE does not fit it.
@@ -72,7 +74,10 @@ class Family(ABC):
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        quantize: Quantization = "none",
+        offload_idle: bool = False,
     ) -> None:
+        self.quantize, self.offload_idle = quantize, offload_idle
         self.path, self.revision, self.variant, self.vae_path = path, revision, variant, vae
         self.dtype, self.device = dtype, torch.device(device)
         self.folder = locate(
@@ -95,7 +100,8 @@ class Family(ABC):
     def denoiser(self) -> UNet2DConditionModel:
         """The network that predicts, frozen (``requires_grad`` False) until someone says otherwise."""
         if self._denoiser is None:
-            self._denoiser = self._place(self._part(self.denoiser_class, self.denoiser_part, self.dtype))
+            options = quantized(self.quantize, self.dtype, self.device)
+            self._denoiser = self._place(self._part(self.denoiser_class, self.denoiser_part, self.dtype, **options))
         return self._denoiser
 
     @property
@@ -106,7 +112,7 @@ class Family(ABC):
                 loaded = self._part(AutoencoderKL, "vae", self._vae_dtype)
             else:
                 loaded = load_part(AutoencoderKL, self.vae_path, self._vae_subfolder, dtype=self._vae_dtype)
-            self._vae = vae_io.accept_any_dtype(self._place(loaded))
+            self._vae = vae_io.accept_any_dtype(self._place(loaded, idle=True))
         return self._vae
 
     @property
@@ -114,7 +120,8 @@ class Family(ABC):
         """The text encoders by their names in the pipeline ("text_encoder", "text_encoder_2"), frozen."""
         if self._text_encoders is None:
             self._text_encoders = {
-                name: self._place(self._part(kind, name, self.dtype)) for name, kind in self.encoder_classes.items()
+                name: self._place(self._part(kind, name, self.dtype), idle=True)
+                for name, kind in self.encoder_classes.items()
             }
         return self._text_encoders
 
@@ -142,11 +149,15 @@ class Family(ABC):
             setattr(self, f"_{part}", None)
         free_memory()
 
-    def _part(self, kind: type, subfolder: str, dtype: torch.dtype) -> Any:
-        return load_part(kind, self.folder, subfolder, dtype=dtype, variant=self.variant)
+    def _part(self, kind: type, subfolder: str, dtype: torch.dtype, **options: Any) -> Any:
+        return load_part(kind, self.folder, subfolder, dtype=dtype, variant=self.variant, **options)
 
-    def _place(self, module: Any) -> Any:
-        return module.to(self.device).requires_grad_(False).eval()
+    def _place(self, module: Any, *, idle: bool = False) -> Any:
+        if idle and self.offload_idle:
+            wait_on_cpu(module, self.device)
+        else:
+            module.to(self.device)
+        return module.requires_grad_(False).eval()
 
     @classmethod
     def _not_downloaded(cls, vae_replaced: bool) -> tuple[str, ...]:
@@ -351,7 +362,8 @@ class Family(ABC):
             posterior: the posterior's mean, or a "sample" drawn with one CPU generator per image.
             chunk: how many images the VAE sees at once; None is all.
         """
-        return vae_io.encode(self.vae, images.to(self.device), posterior=posterior, generators=generators, chunk=chunk)
+        with at_work(self.vae, self.device, rest=self.offload_idle) as vae:
+            return vae_io.encode(vae, images.to(self.device), posterior=posterior, generators=generators, chunk=chunk)
 
     def decode_latents(self, latents: Tensor, *, grad: bool = False, chunk: int | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) to images (B, 3, H, W) in [0, 1], float32.
@@ -360,7 +372,8 @@ class Family(ABC):
             grad: keep the gradient with respect to ``latents``; see :func:`diffalign.pipelines.vae.decode`.
             chunk: how many latents the VAE sees at once; None is all.
         """
-        return vae_io.decode(self.vae, latents, grad=grad, chunk=chunk)
+        with at_work(self.vae, self.device, rest=self.offload_idle and not grad) as vae:
+            return vae_io.decode(vae, latents, grad=grad, chunk=chunk)
 
     def pipeline(self, *, scheduler: str | None = None) -> DiffusionPipeline:
         """The real diffusers pipeline around the live parts, with whatever LoRA they carry now.

@@ -95,6 +95,13 @@ class TrainingConfig(RunConfig):
         help="Use gradient_checkpointing in these blocks only, such as down_blocks.0 up_blocks.2. Default: in all.",
     )
 
+    quantize_base: Literal["none", "8bit", "4bit"] = field(
+        "none", help="Hold the denoiser's frozen weights in fewer bits, for small cards (needs bitsandbytes and CUDA)."
+    )
+    offload_idle: bool = field(
+        False, help="Keep the VAE and the text encoders, where they are not cached away, on the CPU between uses."
+    )
+
     # What trains
     train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
     train_text_encoder: bool = field(False, help="Train a LoRA on the text encoder(s) too (needs train_mode lora).")
@@ -124,6 +131,12 @@ class TrainingConfig(RunConfig):
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.checkpointed_blocks is not None and not self.gradient_checkpointing:
             raise UserError("checkpointed_blocks says where to checkpoint; it needs gradient_checkpointing")
+        if self.train_mode == "full" and self.quantize_base != "none":
+            raise UserError("quantize_base is for frozen weights; it needs train_mode lora, got full")
+        if self.offload_idle and self.train_text_encoder:
+            raise UserError(
+                "offload_idle keeps text encoders on the CPU, and train_text_encoder trains them: choose one"
+            )
         if self.train_mode == "full" and self.train_text_encoder:
             raise UserError("train_text_encoder trains a LoRA; it needs train_mode lora, got full")
         if self.train_mode == "full" and self.initial_lora:
