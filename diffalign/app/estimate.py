@@ -35,10 +35,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--memory_gb", type=float, metavar="N", help="of a card, where only that matters")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="cards of the run (default: 1)")
     parser.add_argument("--like", metavar="MODEL", help="take the shapes of sdxl or sd15, for a fine-tune of one")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="take factors from results of benchmarks/sdxl_step.py, and end"
+    )
     parser.add_argument("--json", action="store_true", help="print the estimate as JSON")
     given, rest = parser.parse_known_args([word.replace("-gb", "_gb") for word in argv])
     if given.card == "list":
         return _list_cards()
+    if given.calibrate:
+        from diffalign.app.calibrate import calibrate
+
+        print("\n".join(calibrate(given.calibrate)))
+        return 0
     recipe = given.config or given.recipe
     if recipe is None:
         raise UserError("which run? diffalign estimate RECIPE, or --config FILE; `diffalign recipes` lists recipes.")

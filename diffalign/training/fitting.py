@@ -65,6 +65,8 @@ def _changes(config: Any) -> Iterator[dict[str, Any]]:
     if getattr(config, "decode_batch_size", 1) > 1:
         yield {"decode_batch_size": 1}
     yield from _smaller_batches(config)
+    if getattr(config, "two_pass_gradient", True) is False:
+        yield {"two_pass_gradient": True}
     if config.train_mode == "full":
         if config.optimizer == "adamw" and not config.use_8bit_adam:
             yield {"use_8bit_adam": True}
