@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## align the bundled model on the bundled pairs; ends with a grid and a win rate
+demo: $(READY)  ## align the bundled model on the bundled pairs; ends with a report
 	@$(BIN)/diffalign demo
 
 # One thread a worker: on few cores, torch's own threads would fight the workers for them.

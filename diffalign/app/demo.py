@@ -1,4 +1,4 @@
-"""``diffalign demo``: align the bundled model with Diffusion-DPO on the bundled pairs and show what changed."""
+"""``diffalign demo``: align the bundled model with Diffusion-DPO on the bundled pairs, and report what changed."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.app import console
-from diffalign.config import field, parse_args
+from diffalign.config import field, from_dict, load_yaml, parse_args
 from diffalign.errors import UserError
+from diffalign.recipes import find
+
+_GUIDANCE = [1.0, 2.0, 5.0]
+_IMAGES = 2
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
     """Align the small bundled SDXL pipeline with Diffusion-DPO on bundled preference pairs, on a CPU, in minutes.
 
-    Ends with a comparison grid and the win rate of the aligned model against the base on held-out prompts.
+    Ends with the report of `diffalign eval` on held-out prompts: win rates, what they cost in diversity, and a page of
+    all images.
     """
 
-    output_dir: Path = field(Path("runs/demo"), help="Folder for the run and the grid.")
+    output_dir: Path = field(Path("runs/demo"), help="Folder for the run and the report.")
     overwrite: bool = field(False, help="Run again where the folder holds an earlier demo.")
-    num_prompts: int = field(256, help="Held-out prompts to compare on; more make the interval narrower.")
-    num_rows: int = field(6, help="Rows of the grid.")
+    num_prompts: int = field(64, help="Held-out prompts to compare on; more make the intervals narrower.")
     seed: int = field(0, help="Seed of the training run.")
     max_train_steps: int | None = field(None, help="Fewer steps for a quicker look. Default: the recipe's.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_rows <= self.num_prompts:
-            raise UserError(f"num_rows must be in 1 to num_prompts ({self.num_prompts}), got {self.num_rows}")
+        if self.num_prompts < 1:
+            raise UserError(f"num_prompts must be at least 1, got {self.num_prompts}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,47 +43,38 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: DemoConfig) -> Path:
-    """Train, draw, judge; returns the grid's path."""
+    """Train, draw, judge; returns the report's path."""
+    from diffalign.evaluation.evaluate import EvalConfig, run_eval
+
     console.set_up(logging.ERROR)
     start = time.monotonic()
-    print("1/3  train a LoRA with Diffusion-DPO (diffalign train dpo --config shapes-dpo)\n", flush=True)
+    print("1/2  train a LoRA with Diffusion-DPO (diffalign train dpo --config shapes-dpo)\n", flush=True)
     run_dir = _train(config)
-
-    from diffalign.evaluation.page import make_grid
-    from diffalign.evaluation.shapes import compare, draw, heldout_prompts, judge
-
-    print(f"\n2/3  draw {config.num_prompts} held-out prompts with both models, same seeds\n", flush=True)
-    prompts = heldout_prompts(config.num_prompts)
-    base = draw(prompts, progress="base")
-    aligned = draw(prompts, lora=run_dir, progress="aligned")
-
-    print("\n3/3  judge and compare\n", flush=True)
-    judged = judge(base, prompts), judge(aligned, prompts)
-    rates = compare(judged[1], judged[0])
-    rows = range(config.num_rows)
-    grid = make_grid(
-        [[base[i], aligned[i]] for i in rows],
-        [prompts[i] for i in rows],
-        ["base", "aligned (DPO)"],
-        scores=[[float(j.checker[i]) for j in judged] for i in rows],
-        column_notes=[f"checker {j.checker.mean():.3f}" for j in judged],
-        title="Held-out prompts, same seeds",
-        footer=f"by the simulated annotators: {rates['annotator']}",
+    per_model = config.num_prompts * _IMAGES * len(_GUIDANCE)
+    print(
+        f"\n2/2  draw {per_model} images with each model, same prompts and seeds, and judge them "
+        "(diffalign eval --config shapes-eval)\n",
+        flush=True,
     )
-    path = config.output_dir / "grid.png"
-    grid.save(path)
-    print(f"checker score    base {judged[0].checker.mean():.3f}, aligned {judged[1].checker.mean():.3f}")
-    print(f"by the checker    {rates['checker']}")
-    print(f"by the annotators {rates['annotator']}")
-    print(f"LoRA {run_dir}")
-    print(f"grid {path}")
+    settings = load_yaml(find("shapes-eval")) | {
+        "models": [f"dpo={run_dir}"],
+        "runs": [str(run_dir)],
+        "output_dir": str(config.output_dir / "report"),
+        "overwrite_output_dir": config.overwrite,
+        "max_prompts": config.num_prompts,
+        "num_images_per_prompt": _IMAGES,
+        "guidance_scales": _GUIDANCE,
+        "html": "inside",
+        "title": "The bundled model, aligned by DPO",
+    }
+    result = run_eval(from_dict(EvalConfig, settings, "shapes-eval"))
+    assert result is not None, "the demo is one process"
+    print(f"\nLoRA    {run_dir}\nreport  {result.report}\nimages  {result.report.with_name('images.html')}")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
-    return path
+    return result.report
 
 
 def _train(config: DemoConfig) -> Path:
-    from diffalign.config import from_dict, load_yaml
-    from diffalign.recipes import find
     from diffalign.trainers.dpo import DPOConfig, DPOTrainer
 
     settings = load_yaml(find("shapes-dpo")) | {

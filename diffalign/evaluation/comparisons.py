@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +19,27 @@ from diffalign.evaluation.multiple import Correction, adjusted
 from diffalign.evaluation.stats import PairedDifference, WinRate, paired_difference, win_rate
 
 Floats = NDArray[np.float64]
+Axis = Literal["guidance", "steps", "scale", "trained"]
 _FEWEST = 5
 """Prompts that a category needs to be compared by itself."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model as it was drawn: its name, which all its settings share, and what differs between them."""
+    """A model as it was drawn: its name, which all its settings share, and what differs between them.
+
+    Attributes:
+        family, scale: of a sweep over the scale of LoRAs, the name without the scale, and the scale.
+        run, trained: of a checkpoint, the run, and the training step.
+    """
 
     model: str
     guidance: float
     steps: int
+    family: str = ""
+    scale: float | None = None
+    run: str = ""
+    trained: int | None = None
 
     @property
     def name(self) -> str:
@@ -84,6 +95,25 @@ class Scores:
         """Of one model."""
         return [variant for variant in self.by_variant if variant.model == model]
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the variants differ in their numbers of steps."""
+        return len({variant.steps for variant in self.by_variant}) > 1
+
+    def series(self, axis: Axis) -> dict[str, list[Variant]]:
+        """Variants that differ in one setting only, sorted by it, by a name of what they share."""
+        guided = len({variant.guidance for variant in self.by_variant}) > 1
+        found: dict[str, list[Variant]] = {}
+        for variant in self.by_variant:
+            if getattr(variant, axis) is None:
+                continue
+            shared = [{"scale": variant.family, "trained": variant.run}.get(axis, variant.model)]
+            shared += [f"scale {variant.scale:g}"] if variant.scale is not None and axis == "trained" else []
+            shared += [f"guidance {variant.guidance:g}"] if guided and axis != "guidance" else []
+            shared += [_steps(variant.steps)] if self.stepped and axis != "steps" else []
+            found.setdefault(", ".join(shared), []).append(variant)
+        return {name: sorted(several, key=lambda v: getattr(v, axis)) for name, several in found.items()}
+
     def prompt_means(self, variant: Variant) -> Floats:
         """Mean score of each prompt's images, of the prompts that have one."""
         values = self.by_variant[variant]
@@ -123,54 +153,80 @@ def compare(
     )
 
 
+def rival(variant: Variant, others: Sequence[Variant]) -> Variant | None:
+    """Which of a model's variants another model's is compared with; None where that is not clear.
+
+    The one of the same guidance and steps; else the only one of the same steps, of the same guidance, or at all.
+    """
+    for same in (("guidance", "steps"), ("steps",), ("guidance",), ()):
+        found = [other for other in others if all(getattr(other, key) == getattr(variant, key) for key in same)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def rivals(variants: Sequence[Variant]) -> list[int]:
+    """Side by side: the place of the one that each is compared with.
+
+    Of the first model at the same settings; the first of all where there is none, and for the first model's own.
+    """
+    own = [variant for variant in variants if variant.model == variants[0].model]
+    found = [variants[0] if v in own else rival(v, own) or variants[0] for v in variants]
+    return [list(variants).index(variant) for variant in found]
+
+
+def column_names(variants: Sequence[Variant]) -> list[str]:
+    """Short names side by side: only what differs among the variants, the model's name where there are several."""
+    several = len({v.model for v in variants}) > 1
+    guided, stepped = len({v.guidance for v in variants}) > 1, len({v.steps for v in variants}) > 1
+    names = []
+    for v in variants:
+        parts = [v.model] if several or not (guided or stepped) else []
+        parts += [f"guidance {v.guidance:g}"] if guided else []
+        parts += [_steps(v.steps)] if stepped else []
+        names.append(", ".join(parts))
+    return names
+
+
 def at_equal_settings(scores: Scores, baseline: str, draws: int = 10_000) -> list[Comparison]:
-    """Every variant against the baseline's of the same guidance, or else against its only one."""
-    base = {variant.guidance: values for variant, values in scores.by_variant.items() if variant.model == baseline}
-    only = scores.variants(baseline)
+    """Every variant against the baseline's :func:`rival`."""
+    own = scores.variants(baseline)
     found: list[Comparison | None] = []
     for variant, values in scores.by_variant.items():
-        if variant.model == baseline:
-            continue
-        if variant.guidance in base:
-            other, setting = base[variant.guidance], f"guidance {variant.guidance:g}"
-        elif len(only) == 1:
-            other = scores.by_variant[only[0]]
-            setting = f"guidance {variant.guidance:g} against {only[0].guidance:g}"
-        else:
-            continue
-        found.append(
-            compare(scores, values, other, model=variant.model, against=baseline, setting=setting, draws=draws)
-        )
+        other = None if variant.model == baseline else rival(variant, own)
+        if other is not None:
+            text = _setting(f"{variant.guidance:g}", f"{other.guidance:g}", variant.steps, other.steps, scores.stepped)
+            against = scores.by_variant[other]
+            found.append(
+                compare(scores, values, against, model=variant.model, against=baseline, setting=text, draws=draws)
+            )
     return [comparison for comparison in found if comparison is not None]
 
 
 def at_their_best(scores: Scores, baseline: str, draws: int = 10_000) -> list[Comparison]:
-    """Every model at its best guidance against the baseline at its best; empty where none has several."""
-    if len(scores.by_variant) == len(scores.models):
+    """Every model at its best guidance against the baseline at its best; empty where none has several.
+
+    Numbers of steps are compared each: few are cheaper, and never better by themselves.
+    """
+    if all(len(line) < 2 for model in scores.models for line in _lines(scores, model).values()):
         return []
-    best = {model: cross_fitted(scores, model) for model in scores.models}
-    found = [
-        compare(
-            scores,
-            best[model][0],
-            best[baseline][0],
-            model=model,
-            against=baseline,
-            setting=f"{best[model][1]} against {best[baseline][1]}",
-            draws=draws,
-        )
-        for model in scores.models
-        if model != baseline
+    return _cross_compared(scores, baseline, [""], draws)
+
+
+def by_category(scores: Scores, baseline: str, draws: int = 10_000) -> list[Comparison]:
+    """Per category, models at their best where they have several settings, and as they are where not."""
+    pairs = set(zip(scores.categories, scores.prompts.tolist(), strict=True))
+    categories = [
+        c for c in dict.fromkeys(scores.categories) if c and sum(c == other for other, _ in pairs) >= _FEWEST
     ]
-    return [comparison for comparison in found if comparison is not None]
+    return _cross_compared(scores, baseline, categories, draws)
 
 
-def cross_fitted(scores: Scores, model: str) -> tuple[Floats, str]:
-    """Scores (n,) of a model, each half of the prompts at the variant that is best on the other; and which those are.
+def cross_fitted(scores: Scores, variants: Sequence[Variant]) -> tuple[Floats, str]:
+    """Scores (n,) of a model, each half of the prompts at the variant that is best on the other; and their guidance.
 
     Prompts are halved by turns in their order, so that both halves hold all categories.
     """
-    variants = scores.variants(model)
     ranks = np.unique(scores.prompts, return_inverse=True)[1]
     result = np.full(len(ranks), math.nan)
     chosen = []
@@ -179,33 +235,51 @@ def cross_fitted(scores: Scores, model: str) -> tuple[Floats, str]:
         best = max(variants, key=lambda variant: mean_of(scores.by_variant[variant][there]))
         result[here] = scores.by_variant[best][here]
         chosen.append(best.guidance)
-    named = " and ".join(f"{guidance:g}" for guidance in dict.fromkeys(chosen))
-    return result, f"guidance {named}"
+    return result, " and ".join(f"{guidance:g}" for guidance in dict.fromkeys(chosen))
 
 
-def by_category(scores: Scores, baseline: str, draws: int = 10_000) -> list[Comparison]:
-    """Per category, models at their best where they have several settings, and as they are where not."""
-    categories = [c for c in dict.fromkeys(scores.categories) if c]
-    best = {model: cross_fitted(scores, model) for model in scores.models}
-    prompts = {c: {p for p, other in zip(scores.prompts, scores.categories, strict=True) if other == c}
-               for c in categories}  # fmt: skip
-    found = [
-        compare(
-            scores,
-            best[model][0],
-            best[baseline][0],
-            model=model,
-            against=baseline,
-            setting=f"{best[model][1]} against {best[baseline][1]}",
-            category=category,
-            draws=draws,
-        )
-        for model in scores.models
-        if model != baseline
-        for category in categories
-        if len(prompts[category]) >= _FEWEST
-    ]
+def _lines(scores: Scores, model: str) -> dict[int, list[Variant]]:
+    """The variants of a model by their number of steps."""
+    found: dict[int, list[Variant]] = {}
+    for variant in scores.variants(model):
+        found.setdefault(variant.steps, []).append(variant)
+    return found
+
+
+def _cross_compared(scores: Scores, baseline: str, categories: Sequence[str], draws: int) -> list[Comparison]:
+    """Every model at each number of steps against the baseline at the same, or else at its most."""
+    own = {steps: cross_fitted(scores, line) for steps, line in _lines(scores, baseline).items()}
+    found = []
+    for model in scores.models:
+        for steps, line in _lines(scores, model).items() if model != baseline else ():
+            other = steps if steps in own else max(own)
+            (a, at), (b, theirs) = cross_fitted(scores, line), own[other]
+            found += [
+                compare(
+                    scores,
+                    a,
+                    b,
+                    model=model,
+                    against=baseline,
+                    setting=_setting(at, theirs, steps, other, scores.stepped),
+                    category=category,
+                    draws=draws,
+                )
+                for category in categories
+            ]
     return [comparison for comparison in found if comparison is not None]
+
+
+def _setting(guidance: str, other: str, steps: int, others: int, stepped: bool) -> str:
+    """What a comparison was made at: "guidance 5", "guidance 1 against 5, 4 steps against 30"."""
+    text = f"guidance {guidance}" if guidance == other else f"guidance {guidance} against {other}"
+    if steps != others:
+        return f"{text}, {_steps(steps)} against {others}"
+    return f"{text}, {_steps(steps)}" if stepped else text
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
 
 
 def corrected(family: Sequence[Comparison], correction: Correction) -> list[Comparison]:

@@ -15,8 +15,10 @@ from diffalign.evaluation.folder import read_rows
 
 METRICS, HELDOUT = "metrics.jsonl", "heldout.jsonl"
 _KL = ("kl_to_reference", "kl", "distance_to_reference")
+_WITHOUT_REWARDS = ("loss", "implicit_accuracy", "margin", "chosen_error_vs_reference")
 _HELDOUT = "heldout/"
-Points = list[tuple[int, float]]
+_SMOOTH = 20
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Curves:
         return {name: points for name, points in self.metrics.items() if name.partition("/")[0] == "reward"}
 
     @property
+    def shown(self) -> dict[str, Points]:
+        """What tells how the training went: its rewards; of a run that has none, what methods on pairs log."""
+        names = [name for name in _WITHOUT_REWARDS if name in self.metrics]
+        return self.trained or {name: self.metrics[name] for name in names}
+
+    @property
     def kl(self) -> tuple[str, Points]:
         """How far the model is from its reference, and what the method calls that; empty where it is not measured."""
         return next(((name, self.metrics[name]) for name in _KL if name in self.metrics), ("", []))
@@ -53,7 +61,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
     return [_read(Path(run)) for run in runs]
 
 
-def over_optimised(trained: Points, heldout: Points) -> int | None:
+def over_optimised(trained: Points, heldout: Points) -> float | None:
     """The step after which a held-out reward fell while the trained one still rose; None where it never did.
 
     That is the step of the held-out maximum, if it is not the last and the trained reward ended above what it was
@@ -65,6 +73,16 @@ def over_optimised(trained: Points, heldout: Points) -> int | None:
     steps, values = np.array(trained, dtype=np.float64).T
     then = float(np.interp(step, steps, values))
     return step if step < heldout[-1][0] and values[-1] > then else None
+
+
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """Means over the twentieth of the points that ends with each, so that the noise of batches does not hide it."""
+    window = max(1, len(points) // _SMOOTH)
+    sums = np.cumsum([0.0, *(value for _, value in points)])
+    ends = np.arange(1, len(points) + 1)
+    starts = np.maximum(ends - window, 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def against(points: Points, x: Points) -> list[tuple[float, float]]:
@@ -85,9 +103,9 @@ def _read(folder: Path) -> Curves:
     return Curves(folder.name, _numbers(file), heldout)
 
 
-def _numbers(file: Path) -> dict[str, Points]:
+def _numbers(file: Path) -> Mapping[str, Points]:
     """The numbers of a file's rows by name, each with its step."""
-    found: dict[str, Points] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for row in read_rows(file):
         for name, value in row.items():
             if name != "step" and _is_number(value) and "step" in row:

@@ -1,9 +1,12 @@
-"""``diffalign grid``: models side by side, same prompts and seeds, with scores and win rates."""
+"""``diffalign grid``: models side by side, same prompts and seeds, with scores and win rates.
+
+Columns are models, each at every guidance, number of steps and LoRA scale that was asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,35 +16,33 @@ from numpy.typing import NDArray
 
 from diffalign.config import command_line, field
 from diffalign.errors import UserError
+from diffalign.evaluation.comparisons import Variant, column_names, rivals
 from diffalign.evaluation.folder import Case, SampleFolder, read_rows, write_rows
 from diffalign.evaluation.html import page_of_rows, write_page
-from diffalign.evaluation.models import ModelSpec, unique_names
-from diffalign.evaluation.page import make_grid
-from diffalign.evaluation.sampling import DrawConfig, Drawer, cases_of, slug
+from diffalign.evaluation.judging import Judge
+from diffalign.evaluation.page import make_grid, save_picture
+from diffalign.evaluation.sampling import Drawer, cases_of, prompts_of
 from diffalign.evaluation.stats import WinRate, win_rate
-from diffalign.rewards import Reward, guarded, load_reward
+from diffalign.evaluation.sweep import SweepConfig, folder_names
 
 __all__ = ["GridConfig", "GridResult", "make_grid", "run_grid"]
 
-_IN_MEMORY = 64
 Floats = NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
-class GridConfig(DrawConfig):
-    """Compare models side by side: rows are prompts, columns models, and every row has one seed."""
+class GridConfig(SweepConfig):
+    """Compare models side by side: rows are prompts and seeds, columns models at their settings."""
 
-    models: list[str] = field(
-        [],
-        help="Columns beside the base: LoRAs as PATH, PATH@SCALE or NAME=PATH@SCALE, several on one model joined by "
-        "+; or pipelines; or folders of fine-tuned denoisers.",
-    )
-    base: bool = field(True, help="Make the base model the first column. The others are compared with the first.")
-    scorer: list[str] = field([], help="Rewards to score by, such as shapes-checker; the first is shown in the grid.")
+    scorer: list[str] = field([], help="Rewards to score by, such as shapes-checker; the first marks the winners.")
+    score_batch_size: int = field(32, help="Images scored at once; as many are scored again after a kill.")
     rows: int = field(8, help="Rows to show, from the first; scores and win rates are over all images.")
     cell: int | None = field(None, help="Longest side of a shown image in pixels. Default: its own, in 160 to 384.")
     title: str | None = field(None, help="Title of the grid.")
     font: str | None = field(None, help="Font file for the labels, for scripts that the built-in font lacks.")
+    theme: Literal["light", "dark", "both"] = field(
+        "light", help="Colours of grid.png; both writes a grid-dark.png too. The page has both."
+    )
     html: Literal["inside", "beside", "none"] = field(
         "inside", help="Write grid.html too: one file with the images inside, or one that links to them, or none."
     )
@@ -49,19 +50,32 @@ class GridConfig(DrawConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rows < 1:
-            raise UserError(f"rows must be at least 1, got {self.rows}")
+        for name in ("rows", "score_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.html_rows is not None and self.html_rows < 1:
             raise UserError(f"html_rows must be at least 1, got {self.html_rows}")
-        if not self.base and not self.models:
-            raise UserError("nothing to compare: give --models, or leave the base in")
 
-    def specs(self) -> list[ModelSpec]:
-        """The models, one for each column."""
-        parsed = [ModelSpec.parse(text) for text in self.models]
-        if self.base and ModelSpec("base") not in parsed:
-            parsed.insert(0, ModelSpec("base"))
-        return unique_names(parsed)
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is side by side.
+
+    Attributes:
+        variants, names: of each column.
+        against: the place of the column that each is compared with; its own for the first.
+        folders: of the images, by name.
+    """
+
+    variants: Sequence[Variant]
+    names: Sequence[str]
+    against: Sequence[int]
+    folders: Mapping[str, SampleFolder]
+
+    @property
+    def several_rivals(self) -> bool:
+        """Whether not all are compared with the first."""
+        return any(self.against)
 
 
 @dataclass(frozen=True)
@@ -71,23 +85,25 @@ class GridResult:
     Attributes:
         path: the picture.
         page: the HTML page; None where none was asked for.
-        scores: of every image, by scorer and model; in the order of the cases; NaN where scoring failed.
-        win_rates: of every model but the first against the first, by scorer and model.
+        scores: of every image, by scorer and column; in the order of the cases.
+        win_rates: of every column but the first against its rival, by scorer and column; see
+            :func:`diffalign.evaluation.comparisons.rivals`.
+        against: the rival of each column but the first.
     """
 
     path: Path
     scores: Mapping[str, Mapping[str, Floats]]
     win_rates: Mapping[str, Mapping[str, WinRate]]
+    against: Mapping[str, str]
     page: Path | None = None
 
     def lines(self) -> Iterator[str]:
         """Means and win rates in words."""
         for scorer, by_model in self.scores.items():
-            first = next(iter(by_model))
             for model, scores in by_model.items():
                 line = f"{scorer}: {model}: mean {np.nanmean(scores):.3f}"
                 if model in self.win_rates[scorer]:
-                    line += f", against {first}: {self.win_rates[scorer][model]}"
+                    line += f", against {self.against[model]}: {self.win_rates[scorer][model]}"
                 yield line
 
 
@@ -100,22 +116,26 @@ def run_grid(config: GridConfig) -> GridResult | None:
     Raises:
         UserError: a model, scorer, prompt file or setting is wrong, or the folder holds other images.
     """
-    specs, cases = config.specs(), cases_of(config)
-    # Before hours of drawing, find out that a scorer's name is wrong.
-    scorers = {name: load_reward(name, device=config.device) for name in config.scorer}
-    for reward in scorers.values():
-        reward.check_prompts([case.prompt for case in cases])
-    drawer, root = Drawer(config), Path(config.output_dir)
-    folders = {spec.name: drawer.draw(spec, cases, root / _folder(spec, specs)) for spec in specs}
+    plan, prompts, cases = config.variants(), prompts_of(config), cases_of(config)
+    variants, root = list(plan), Path(config.output_dir)
+    names = column_names(variants)
+    drawer = Drawer(config)
+    judge = Judge(config.scorer, root, prompts, cases, device=config.device, batch_size=config.score_batch_size)
+    specs = [replace(spec, name=name) for spec, name in zip(plan.values(), names, strict=True)]
+    drawn = drawer.draw_all(specs, cases, [root / name for name in folder_names(names)])
+    drawer.release()
+    columns = _Columns(variants, names, rivals(variants), dict(zip(names, drawn, strict=True)))
+    judge.share(columns.folders)
     if not PartialState().is_main_process:
         return None
-    drawer.release()
-    scores = {name: _score(reward, folders, cases) for name, reward in scorers.items()}
-    rates = {name: _compare(by, cases) for name, by in scores.items()}
-    result = GridResult(root / "grid.png", scores, rates, None if config.html == "none" else root / "grid.html")
-    _write_scores(root / "scores.jsonl", folders, cases, scores)
-    _draw(config, specs, folders, cases, result)
-    _write_html(config, folders, cases, result)
+    scores = {member.name: judge.scores(member, columns.folders) for member in judge.members}
+    rates = {name: _compare(by, columns, cases) for name, by in scores.items()}
+    page = None if config.html == "none" else root / "grid.html"
+    rival_names = {name: names[other] for k, (name, other) in enumerate(zip(names, columns.against, strict=True)) if k}
+    result = GridResult(root / "grid.png", scores, rates, rival_names, page)
+    _write_scores(root / "scores.jsonl", columns.folders, cases, scores)
+    _draw(config, columns, cases, result)
+    _write_html(config, columns, cases, result)
     for line in result.lines():
         print(line)
     print(result.path)
@@ -124,26 +144,13 @@ def run_grid(config: GridConfig) -> GridResult | None:
     return result
 
 
-def _score(reward: Reward, folders: Mapping[str, SampleFolder], cases: Sequence[Case]) -> dict[str, Floats]:
-    scores: dict[str, Floats] = {}
-    try:
-        for model, folder in folders.items():
-            parts = []
-            for start in range(0, len(cases), _IN_MEMORY):
-                chunk = cases[start : start + _IN_MEMORY]
-                images = [folder.image(case) for case in chunk]
-                output = guarded(reward, images, [case.prompt for case in chunk])
-                parts.append(output.rewards.double().cpu().numpy())
-            scores[model] = np.concatenate(parts)
-    finally:
-        reward.close()
-    return scores
-
-
-def _compare(scores: Mapping[str, Floats], cases: Sequence[Case]) -> dict[str, WinRate]:
-    first, *others = scores
-    prompts = [case.index for case in cases]
-    return {model: win_rate(scores[model], scores[first], groups=prompts) for model in others}
+def _compare(scores: Mapping[str, Floats], columns: _Columns, cases: Sequence[Case]) -> dict[str, WinRate]:
+    prompts, names = [case.index for case in cases], columns.names
+    return {
+        name: win_rate(scores[name], scores[names[other]], groups=prompts)
+        for k, (name, other) in enumerate(zip(names, columns.against, strict=True))
+        if k
+    }
 
 
 def _write_scores(
@@ -167,48 +174,47 @@ def _write_scores(
     write_rows(path, rows)
 
 
-def _draw(
-    config: GridConfig,
-    specs: Sequence[ModelSpec],
-    folders: Mapping[str, SampleFolder],
-    cases: Sequence[Case],
-    result: GridResult,
-) -> None:
+def _draw(config: GridConfig, columns: _Columns, cases: Sequence[Case], result: GridResult) -> None:
     shown = cases[: config.rows]
-    shared = next(iter(result.scores), None)
-    columns = None if shared is None else result.scores[shared]
+    first = next(iter(result.scores), None)
     several = len({case.index for case in shown}) < len(shown)
-    page = make_grid(
-        [[folders[spec.name].image(case) for spec in specs] for case in shown],
-        [case.prompt + (f" (seed {case.seed})" if several else "") for case in shown],
-        [spec.name for spec in specs],
-        scores=None
-        if columns is None
-        else [[float(columns[spec.name][k]) for spec in specs] for k in range(len(shown))],
-        column_notes=None if shared is None else [_note(result, shared, spec.name) for spec in specs],
-        title=config.title,
-        footer=_footer(config, folders, len(shown), len(cases), shared),
-        cell=config.cell,
-        font=config.font,
-    )
-    aside = result.path.with_name(".grid.tmp.png")
-    page.save(aside)
-    aside.replace(result.path)
+    alone = several and len({case.index for case in cases}) == 1
+    tables = {
+        name: [[float(by_column[column][k]) for column in columns.names] for k in range(len(shown))]
+        for name, by_column in result.scores.items()
+    }
+    for theme in ("light", "dark") if config.theme == "both" else (config.theme,):
+        picture = make_grid(
+            [[columns.folders[name].image(case) for name in columns.names] for case in shown],
+            # Of one prompt only the seeds differ from row to row.
+            [f"seed {c.seed}" if alone else c.prompt + (f" (seed {c.seed})" if several else "") for c in shown],
+            columns.names,
+            # The name of a single scorer is in the footer.
+            scores=None if first is None else tables if len(tables) > 1 else tables[first],
+            against=columns.against,
+            column_notes=None if first is None else [_note(result, first, name) for name in columns.names],
+            title=config.title or (cases[0].prompt if alone else None),
+            footer=_footer(config, columns, len(shown), len(cases), list(result.scores)),
+            cell=config.cell,
+            font=config.font,
+            theme=theme,
+        )
+        both = config.theme == "both" and theme == "dark"
+        save_picture(picture, result.path.with_name("grid-dark.png") if both else result.path)
 
 
-def _write_html(
-    config: GridConfig, folders: Mapping[str, SampleFolder], cases: Sequence[Case], result: GridResult
-) -> None:
+def _write_html(config: GridConfig, columns: _Columns, cases: Sequence[Case], result: GridResult) -> None:
     if result.page is None or config.html == "none":
         return
-    shared = next(iter(result.scores), None)
+    first = next(iter(result.scores), None)
     page = page_of_rows(
         read_rows(result.page.parent / "scores.jsonl"),
         result.page.parent,
         config.html_rows,
-        notes=[] if shared is None else [_note(result, shared, model) for model in folders],
+        notes=[] if first is None else [_note(result, first, name) for name in columns.names],
+        against=columns.against,
         title=config.title or "Models side by side",
-        footer=_footer(config, folders, len(cases[: config.html_rows]), len(cases), shared),
+        footer=_footer(config, columns, len(cases[: config.html_rows]), len(cases), list(result.scores)),
         command=command_line("diffalign grid", config),
     )
     write_page(result.page, page, config.html)
@@ -220,25 +226,23 @@ def _note(result: GridResult, scorer: str, model: str) -> str:
     return note if rate is None else f"{note}\nwins {rate.rate:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
 
 
-def _footer(
-    config: GridConfig, folders: Mapping[str, SampleFolder], shown: int, total: int, scorer: str | None
-) -> str:
-    row = next(iter(next(iter(folders.values())).rows.values()))
+def _footer(config: GridConfig, columns: _Columns, shown: int, total: int, scorers: Sequence[str]) -> str:
+    row = next(iter(next(iter(columns.folders.values())).rows.values()))
     seeds = (
         ", ".join(map(str, config.seeds)) if config.seeds is not None else f"from {config.seed}, one for each image"
     )
+    counts, guidances = ({getattr(v, key) for v in columns.variants} for key in ("steps", "guidance"))
     parts = [
-        f"{config.pretrained_model_name_or_path}, {row['scheduler']}, {config.num_inference_steps} steps",
-        f"guidance {config.guidance_scale:g}, {row['width']}x{row['height']}, seeds {seeds}",
-        f"the first {shown} of {total} images of each model" if shown < total else f"all {total} images of each model",
+        f"{config.pretrained_model_name_or_path}, {row['scheduler']}"
+        + (f", {row['num_inference_steps']} steps" if len(counts) == 1 else ""),
+        *([f"guidance {row['guidance_scale']:g}"] if len(guidances) == 1 else []),
     ]
-    if scorer is not None:
-        parts.append(f"scores by {scorer}, differences and wins against the first column, wins with 95 % interval")
+    parts[-1] += f", {row['width']}x{row['height']}, seeds {seeds}"
+    parts.append(
+        f"the first {shown} of {total} images of each model" if shown < total else f"all {total} images of each model"
+    )
+    if scorers:
+        rival = "the same settings of the first model" if columns.several_rivals else "the first column"
+        by = scorers[0] if len(scorers) == 1 else f"{', '.join(scorers)}; winners, means and wins are by {scorers[0]}"
+        parts.append(f"scores by {by}, differences and wins against {rival}, wins with 95 % interval")
     return "; ".join(parts) + "."
-
-
-def _folder(spec: ModelSpec, specs: Sequence[ModelSpec]) -> str:
-    """Folder of a model; numbered where two names differ only in what a folder cannot be called."""
-    name = slug(spec.name)
-    before = [slug(other.name).lower() for other in specs[: specs.index(spec)]]
-    return name if name.lower() not in before else f"{name}-{specs.index(spec)}"

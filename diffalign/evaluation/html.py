@@ -25,6 +25,7 @@ from PIL import Image
 
 from diffalign.errors import UserError
 from diffalign.evaluation.folder import write_atomically
+from diffalign.evaluation.page import decimals_for
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class Page:
     """What a page shows.
 
     Attributes:
-        models: names of the columns; the first is the one compared with.
+        models: names of the columns.
+        against: the place of the column that each is compared with; empty: the first.
         rows: of images.
         scorers: names and decimals; the first is shown at first. Higher is better.
         notes: small text under each model's name, one for each model, or none at all.
@@ -76,8 +78,11 @@ class Page:
     title: str = "Comparison"
     footer: str = ""
     command: str = ""
+    against: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if self.against and len(self.against) != len(self.models):
+            raise UserError(f"{len(self.against)} places to compare with for {len(self.models)} models")
         if self.notes and len(self.notes) != len(self.models):
             raise UserError(f"{len(self.notes)} notes for {len(self.models)} models")
         for number, row in enumerate(self.rows):
@@ -93,7 +98,7 @@ def page_of_rows(rows: Sequence[Mapping[str, Any]], root: Path, limit: int | Non
             ``category`` where there are some.
         root: the folder that files are named from.
         limit: so many rows of the page, from the first.
-        texts: ``notes``, ``title``, ``footer`` and ``command`` of the page.
+        texts: ``notes``, ``title``, ``footer``, ``command`` and ``against`` of the page.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     scorers = list(dict.fromkeys(name for row in rows for name in row["scores"]))
@@ -108,7 +113,8 @@ def page_of_rows(rows: Sequence[Mapping[str, Any]], root: Path, limit: int | Non
             for model in models
         ]
         shown.append(PageRow(first["prompt"], cells, f"seed {seed}", first.get("category", "")))
-    return Page(models, shown, dict.fromkeys(scorers, 2), **texts)
+    decimals = {name: decimals_for([[row["scores"].get(name) for row in rows]]) for name in scorers}
+    return Page(models, shown, decimals, **texts)
 
 
 def write_page(path: Path, page: Page, images: Placing = "inside") -> int:
@@ -127,8 +133,13 @@ def write_page(path: Path, page: Page, images: Placing = "inside") -> int:
     """
     data = {
         "models": [
-            {"name": name, "note": note}
-            for name, note in zip(page.models, page.notes or [""] * len(page.models), strict=True)
+            {"name": name, "note": note, "against": against}
+            for name, note, against in zip(
+                page.models,
+                page.notes or [""] * len(page.models),
+                page.against or [0] * len(page.models),
+                strict=True,
+            )
         ],
         "scorers": [{"name": name, "decimals": decimals} for name, decimals in page.scorers.items()],
         "rows": [_row(row, list(page.scorers), path.parent, images) for row in page.rows],

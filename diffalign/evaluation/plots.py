@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffalign.errors import UserError
-from diffalign.evaluation.comparisons import Scores
-from diffalign.evaluation.curves import Curves, against
+from diffalign.evaluation.comparisons import Axis, Scores, column_names
+from diffalign.evaluation.curves import Curves, against, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INK, MUTED = "#1f2328", "#8a9099"
 COLOURS = ("#4f6d8f", "#c8553d", "#3f8f6b", "#8a5fa8", "#b8862b", "#3a9aa8", "#a8517c", "#6b7a3a")
+_AXES = {"guidance": "guidance", "steps": "denoising steps", "scale": "scale of the LoRA", "trained": "training step"}
 _SIGMA = 1.959964
 
 
@@ -37,7 +38,10 @@ def draw_plots(
     folder.mkdir(parents=True, exist_ok=True)
     plots: dict[str, Callable[[], Figure | None]] = {
         "win-rates": lambda: win_rates(summary["comparisons"]["equal"]),
-        "guidance": lambda: guidance(table),
+        "guidance": lambda: sweep(table, "guidance"),
+        "steps": lambda: sweep(table, "steps"),
+        "scale": lambda: sweep(table, "scale"),
+        "trained": lambda: sweep(table, "trained"),
         "scores": lambda: distributions(table),
         "pareto": lambda: pareto(summary["fronts"]),
         "training": lambda: training(curves),
@@ -77,24 +81,34 @@ def win_rates(comparisons: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def guidance(table: Sequence[Scores]) -> Figure | None:
-    """Mean score over guidance of each model that was drawn at several; a panel for each reward."""
-    if all(len(table[0].variants(model)) < 2 for model in table[0].models):
+def sweep(table: Sequence[Scores], axis: Axis) -> Figure | None:
+    """Mean score over one setting of what was drawn at several of it; a panel for each reward.
+
+    What was drawn at one guidance or number of steps is a point. Scales and checkpoints are beside the first model,
+    which has neither: a dotted line.
+    """
+    if all(len(variants) < 2 for variants in table[0].series(axis).values()):
         return None
     figure, axes = _panels(len(table), height=3.2)
-    for axis, scores in zip(axes, table, strict=True):
-        for number, model in enumerate(scores.models):
-            variants = sorted(scores.variants(model), key=lambda variant: variant.guidance)
+    for panel, scores in zip(axes, table, strict=True):
+        for number, (line, variants) in enumerate(scores.series(axis).items()):
             # Of the means of the prompts: images of one prompt are not independent.
             values = [scores.prompt_means(v) for v in variants]
-            known = [(v.guidance, x) for v, x in zip(variants, values, strict=True) if len(x)]
+            known = [(getattr(v, axis), x) for v, x in zip(variants, values, strict=True) if len(x)]
             means = [float(x.mean()) for _, x in known]
             errors = [_SIGMA * float(x.std()) / len(x) ** 0.5 for _, x in known]
-            axis.errorbar(
-                [g for g, _ in known], means, errors, color=COLOURS[number % len(COLOURS)], marker="o", markersize=4,
-                capsize=2, label=_short(model),
+            panel.errorbar(
+                [at for at, _ in known], means, errors, color=COLOURS[number % len(COLOURS)], marker="o",
+                markersize=4, capsize=2, label=_short(line),
             )  # fmt: skip
-        _dress(axis, scores.reward, "guidance", "mean score")
+        if axis in ("scale", "trained"):
+            for variant in scores.variants(scores.models[0]):
+                if len(base := scores.prompt_means(variant)):
+                    panel.axhline(float(base.mean()), color=MUTED, linewidth=1, linestyle=":")
+        if axis == "steps":
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
+        _dress(panel, scores.reward, _AXES[axis], "mean score")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -102,6 +116,7 @@ def guidance(table: Sequence[Scores]) -> Figure | None:
 def distributions(table: Sequence[Scores]) -> Figure | None:
     """Box plots of the scores of each model and setting; a panel for each reward. Whiskers: 5 and 95 %."""
     variants = list(table[0].by_variant)
+    names = [_short(name, 36) for name in column_names(variants)]
     figure, axes = _panels(len(table), height=max(2.0, 0.9 + 0.34 * len(variants)))
     for axis, scores in zip(axes, table, strict=True):
         values = [scores.by_variant[v][np.isfinite(scores.by_variant[v])] for v in variants][::-1]
@@ -109,8 +124,8 @@ def distributions(table: Sequence[Scores]) -> Figure | None:
                              patch_artist=True, medianprops={"color": INK})  # fmt: skip
         for box, variant in zip(boxes["boxes"], reversed(variants), strict=True):
             box.set(facecolor=COLOURS[scores.models.index(variant.model) % len(COLOURS)], alpha=0.7, edgecolor=INK)
-        axis.set_yticks(range(1, len(values) + 1), [f"{_short(v.model)}, {v.guidance:g}" for v in reversed(variants)])
-        _dress(axis, scores.reward, "score (model, guidance)", "")
+        axis.set_yticks(range(1, len(values) + 1), names[::-1])
+        _dress(axis, scores.reward, "score", "")
     return figure
 
 
@@ -121,12 +136,12 @@ def pareto(fronts: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     figure, axes = _panels(len(shown), height=3.4)
     for axis, front in zip(axes, shown, strict=True):
-        models = list(dict.fromkeys(point["base_name"] for point in front["points"]))
-        for number, model in enumerate(models):
-            points = [(point["x"], point["y"]) for point in front["points"] if point["base_name"] == model]
+        lines = list(dict.fromkeys(point["line"] for point in front["points"]))
+        for number, line in enumerate(lines):
+            points = [(point["x"], point["y"]) for point in front["points"] if point["line"] == line]
             xs, ys = zip(*points, strict=True)
             axis.plot(xs, ys, "o-", color=COLOURS[number % len(COLOURS)], markersize=4, linewidth=1,
-                      label=_short(model))  # fmt: skip
+                      label=_short(line))  # fmt: skip
         best = sorted((point["x"], point["y"]) for point in front["points"] if point["front"])
         axis.plot(*zip(*best, strict=True), "--", color=INK, linewidth=1, marker="o", markersize=9,
                   markerfacecolor="none", label="front")  # fmt: skip
@@ -136,7 +151,7 @@ def pareto(fronts: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def training(curves: Sequence[Curves]) -> Figure | None:
-    """Rewards over steps: those of the batches thin, those of the held-out prompts thick; a panel for each name."""
+    """Rewards over steps, of the batches thin and of held-out prompts thick; loss and margin where there are none."""
     return _over(curves, None)
 
 
@@ -147,7 +162,7 @@ def over_kl(curves: Sequence[Curves]) -> Figure | None:
 
 
 def _over(curves: Sequence[Curves], kl: str | None) -> Figure | None:
-    names = list(dict.fromkeys([n.removeprefix("reward/") for c in curves for n in c.trained]
+    names = list(dict.fromkeys([n.removeprefix("reward/") for c in curves for n in c.shown]
                                + [n for c in curves for n in c.heldout]))  # fmt: skip
     if not names:
         return None
@@ -155,16 +170,18 @@ def _over(curves: Sequence[Curves], kl: str | None) -> Figure | None:
     for axis, name in zip(axes, names, strict=True):
         for number, one in enumerate(curves):
             colour = COLOURS[number % len(COLOURS)]
-            batches = one.trained.get(name) or one.trained.get(f"reward/{name}", [])
+            batches = one.shown.get(name) or one.shown.get(f"reward/{name}", [])
             for points, style, kind in (
-                (batches, {"linewidth": 0.8, "alpha": 0.6}, "batches"),
+                (batches, {"linewidth": 0.6, "alpha": 0.35}, ""),
+                (smoothed(batches), {"linewidth": 1.2}, "batches"),
                 (one.heldout.get(name, []), {"linewidth": 2.0, "marker": "o", "markersize": 3}, "held out"),
             ):
                 if points:
                     xs, ys = zip(*(points if kl is None else sorted(against(points, one.kl[1]))), strict=True)
-                    axis.plot(xs, ys, color=colour, label=f"{_short(one.run)}, {kind}", **style)
+                    label = f"{_short(one.run)}, {kind}" if kind else None
+                    axis.plot(xs, ys, color=colour, label=label, **style)
         axis.legend(frameon=False, fontsize=7)
-        _dress(axis, name, kl or "step", "mean score")
+        _dress(axis, name, kl or "step", "")
     return figure
 
 

@@ -8,12 +8,17 @@ from typing import Any
 from diffalign.evaluation.multiple import DESCRIPTIONS
 
 Summary = Mapping[str, Any]
+_MEASURES = {"distance": "CLIP distance", "lpips": "LPIPS", "vendi": "Vendi score"}
 _CAPTIONS = {
     "win-rates": "Win rates with 95 % intervals; the line at 0.5 is no difference.",
+    "examples": "Rows from the largest gain to the largest loss, each model at its best setting.",
     "guidance": "Mean score over guidance, with 95 % intervals.",
+    "steps": "Mean score over denoising steps, with 95 % intervals.",
+    "scale": "Mean score over the scale of the LoRA, with 95 % intervals; dotted: the baseline.",
+    "trained": "Mean score of the checkpoints over training steps, with 95 % intervals; dotted: the baseline.",
     "scores": "Distribution of the scores.",
     "pareto": "What each setting gives; those on the line are beaten by none in both.",
-    "training": "Rewards over training, of the training batches and of the held-out prompts.",
+    "training": "Over training, of the batches (thin: each, thick: their running mean) and of the held-out prompts.",
     "kl": "Rewards over the distance to the reference model.",
 }
 
@@ -29,8 +34,12 @@ def render(summary: Summary, plots: Sequence[str] = ()) -> str:
     sections = [
         _head(summary),
         _warnings(summary),
+        *_images(shown, "examples"),
         _best(summary, shown),
         _equal(summary, shown),
+        _sweep(summary, shown, "steps", "Numbers of steps"),
+        _sweep(summary, shown, "scale", "Scales of the LoRA"),
+        _sweep(summary, shown, "trained", "Over training"),
         _models(summary, shown),
         _diversity(summary, shown),
         _categories(summary),
@@ -60,21 +69,29 @@ def _best(summary: Summary, plots: Mapping[str, str]) -> str:
     rows = summary["comparisons"]["best"]
     if not rows:
         return ""
-    scales = summary["guidance"]
-    means = table(
-        ("reward", "model", *(f"guidance {s:g}" for s in scales[0]["scales"]), "best"),
-        [(r["reward"], r["model"], *map(_number, r["means"]), f"{r['best']:g}") for r in scales if _same(r, scales)],
-    )
     text = (
         "Each half of the prompts is compared at the guidance that is best on the other half, so that no model gains "
         "by having been tried at more settings."
     )
-    parts = ["## Each model at its best guidance", text, _comparisons(rows), "Mean scores:", means]
-    return "\n\n".join([*parts, *_images(plots, "guidance")])
+    parts = ["## Each model at its best guidance", text, _comparisons(rows), "Mean scores:"]
+    return "\n\n".join([*parts, _means(summary["sweeps"]["guidance"], "guidance"), *_images(plots, "guidance")])
 
 
-def _same(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    return bool(row["scales"] == rows[0]["scales"])
+def _sweep(summary: Summary, plots: Mapping[str, str], axis: str, title: str) -> str:
+    rows = summary["sweeps"][axis]
+    if not rows:
+        return ""
+    return "\n\n".join([f"## {title}", "Mean scores:", _means(rows, ""), *_images(plots, axis)])
+
+
+def _means(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """A table of mean scores over a setting; a dash where a model was not drawn at a value of it."""
+    values = sorted({value for row in rows for value in row["at"]})
+    body = []
+    for row in rows:
+        known = dict(zip(row["at"], row["means"], strict=True))
+        body.append([row["reward"], row["model"], *(_number(known.get(v)) for v in values), f"{row['best']:g}"])
+    return table(("reward", "model", *(f"{unit} {value:g}".strip() for value in values), "best"), body)
 
 
 def _equal(summary: Summary, plots: Mapping[str, str]) -> str:
@@ -118,29 +135,50 @@ def _models(summary: Summary, plots: Mapping[str, str]) -> str:
 
 
 def _diversity(summary: Summary, plots: Mapping[str, str]) -> str:
-    measured = [model for model in summary["models"] if "vendi" in model]
-    parts = []
-    if measured:
-        head = ("model", "mean distance", "Vendi score", "change of distance", "Vendi, ratio")
-        changes = {row["model"]: row for row in summary["diversity"]}
-        body = []
-        for model in measured:
-            change = changes.get(model["name"])
-            shown = ("", "") if change is None else (
-                f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]", f"{change['vendi_ratio']:.2f}"
-            )  # fmt: skip
-            body.append((model["name"], f"{model['distance']:.4f}", f"{model['vendi']:.3f}", *shown))
-        text = (
-            f"Of the images of one prompt ({summary['images_per_prompt']:g}) by CLIP: mean pairwise 1 - cosine, and "
-            "the effective number of different images. Changes are against the baseline at the same guidance."
-        )
-        parts += [text, table(head, body)]
+    parts = [*_spread(summary), *_reference(summary)]
     for front in summary["fronts"]:
         on = [point["model"] for point in front["points"] if point["front"]]
         parts.append(f"Nothing beats in both {front['y']} and {front['x']}: {', '.join(on)}.")
     if not parts:
         return ""
     return "\n\n".join(["## Diversity and trade-offs", *parts, *_images(plots, "pareto")])
+
+
+def _spread(summary: Summary) -> list[str]:
+    """How different the images of a prompt are, and how that changed."""
+    names = [name for name in _MEASURES if any(name in model for model in summary["models"])]
+    if not names:
+        return []
+    changes = {row["model"]: row for row in summary["diversity"]}
+    pairwise = [name for name in names if name != "vendi"]
+    head = ["model", *(_MEASURES[name] for name in names), *(f"change of {_MEASURES[name]}" for name in pairwise)]
+    head += ["Vendi, ratio"] if "vendi" in names else []
+    body = []
+    for model in summary["models"]:
+        change = changes.get(model["name"])
+        cells = [model["name"], *(f"{model[name]:.4f}" for name in names)]
+        for name in pairwise:
+            one = change["changes"][name] if change is not None else None
+            cells.append("" if one is None else f"{one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]")
+        if "vendi" in names:
+            cells.append("" if change is None else f"{change['vendi_ratio']:.2f}")
+        body.append(cells)
+    text = (
+        f"Of the images of one prompt ({summary['images_per_prompt']:g}): their mean pairwise distances, and the "
+        "effective number of different images (Vendi score, by CLIP). Changes are against the baseline at the same "
+        "settings."
+    )
+    return [text, table(head, body)]
+
+
+def _reference(summary: Summary) -> list[str]:
+    if not summary["reference"]:
+        return []
+    reference = summary["reference"]
+    return [
+        f"Realism is the distance of all images of a model to those of `{reference['images']}` by the features of "
+        f"{reference['features']}: see FID and KID under Scores."
+    ]
 
 
 def _categories(summary: Summary) -> str:
@@ -153,12 +191,16 @@ def _runs(summary: Summary, plots: Mapping[str, str]) -> str:
         return ""
     lines = []
     for run in summary["runs"]:
+        course = [
+            f"{name} from {_number(row['first'])} to {_number(row['last'])}" for name, row in run["shown"].items()
+        ]
+        lines.append(f"- {run['run']}: {run['steps']:g} steps" + (f"; {', '.join(course)}" if course else ""))
         for name, row in run["heldout"].items():
             turned = "" if row["turned_at"] is None else (
                 f"; it fell after step {row['turned_at']} while the trained reward rose"
             )  # fmt: skip
             lines.append(
-                f"- {run['run']}: held-out {name} from {_number(row['first'])} to {_number(row['last'])}, best "
+                f"  - held-out {name} from {_number(row['first'])} to {_number(row['last'])}, best "
                 f"{_number(row['best'])}{turned}"
             )
     return "\n\n".join(filter(None, ["## Training", "\n".join(lines), *_images(plots, "training", "kl")]))

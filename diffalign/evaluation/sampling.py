@@ -9,6 +9,7 @@ model's arithmetic (on a CPU in float32: single levels of 255, in fewer than one
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from diffalign import __version__
 from diffalign.config import field
-from diffalign.data.prompts import read_prompts
+from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.errors import UserError
 from diffalign.evaluation.draw import is_flat, iterate_images, sample_images, warn_of_flat
 from diffalign.evaluation.folder import Case, SampleFolder
@@ -122,16 +123,24 @@ def plan(
     ]
 
 
-def cases_of(config: DrawConfig) -> list[Case]:
-    """The images that a config asks for.
+def prompts_of(config: DrawConfig) -> list[Prompt]:
+    """The prompts that a config names, with their metadata.
 
     Raises:
-        UserError: there are no prompts, or the file cannot be read.
+        UserError: there are none, or the file cannot be read.
     """
     source = config.prompts or config.prompts_file
     if not source:
-        raise UserError("nothing to draw: give --prompts 'a prompt' ... or --prompts_file FILE")
-    prompts = [prompt.text for prompt in read_prompts(source, limit=config.max_prompts)]
+        raise UserError(
+            "nothing to draw: give --prompts 'a prompt' ... or --prompts_file FILE, such as diffalign-small or "
+            "partiprompts:PLACE"
+        )
+    return read_prompts(source, limit=config.max_prompts)
+
+
+def cases_of(config: DrawConfig) -> list[Case]:
+    """The images that a config asks for. Errors as of :func:`prompts_of`."""
+    prompts = [prompt.text for prompt in prompts_of(config)]
     return plan(prompts, seeds=config.seeds, seed=config.seed, num_images_per_prompt=config.num_images_per_prompt)
 
 
@@ -164,8 +173,22 @@ class Drawer:
         self._pipe: DiffusionPipeline | None = None
         self._sampler: str | None = None
 
-    def draw(self, spec: ModelSpec, cases: Sequence[Case], path: Path) -> SampleFolder:
+    def draw_all(self, specs: Sequence[ModelSpec], cases: Sequence[Case], paths: Sequence[Path]) -> list[SampleFolder]:
+        """Draw what is missing of ``cases`` by each model in its folder, with one bar for all of it."""
+        total = len(specs) * len(list(itertools.chain(*self._share(cases))))
+        several = f"{self.state.num_processes} processes, each " if self.state.num_processes > 1 else ""
+        with tqdm(total=total, unit="image", disable=not self.state.is_main_process) as bar:
+            folders = []
+            for number, (spec, path) in enumerate(zip(specs, paths, strict=True), 1):
+                bar.set_description(f"{several}{number} of {len(specs)}: {spec.name}")
+                folders.append(self.draw(spec, cases, path, bar))
+        return folders
+
+    def draw(self, spec: ModelSpec, cases: Sequence[Case], path: Path, bar: tqdm[Any] | None = None) -> SampleFolder:
         """Draw what is missing of ``cases`` in the folder ``path``, with this process's share of the work.
+
+        Args:
+            bar: of a longer work that this is part of.
 
         Raises:
             UserError: see :func:`run_sample`.
@@ -177,7 +200,7 @@ class Drawer:
             folder.prepare(overwrite=self.config.overwrite_output_dir)
         self.state.wait_for_everyone()
         folder.load()
-        self._draw_missing(spec, cases, folder)
+        self._draw_missing(spec, cases, folder, bar)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             folder.finish()
@@ -189,22 +212,36 @@ class Drawer:
             warn_of_flat(flat, len(wanted))
         return folder
 
-    def _draw_missing(self, spec: ModelSpec, cases: Sequence[Case], folder: SampleFolder) -> None:
-        size, rank, ranks = self.config.batch_size, self.state.process_index, self.state.num_processes
-        batches = [cases[start : start + size] for start in range(0, len(cases), size)][rank::ranks]
+    def _share(self, cases: Sequence[Case]) -> list[Sequence[Case]]:
+        """The batches of this process."""
+        size = self.config.batch_size
+        batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+        return batches[self.state.process_index :: self.state.num_processes]
+
+    def _draw_missing(
+        self, spec: ModelSpec, cases: Sequence[Case], folder: SampleFolder, bar: tqdm[Any] | None
+    ) -> None:
+        batches = self._share(cases)
         unfinished = [batch for batch in batches if any(case.file not in folder.rows for case in batch)]
+        total = sum(map(len, batches))
+        todo = sum(case.file not in folder.rows for batch in unfinished for case in batch)
+        if bar is not None and not bar.disable:
+            # What was there already says nothing of how long the rest takes.
+            bar.initial += total - todo
+            bar.update(total - todo)
         if not unfinished:
             return
         extra = self._row(spec)
-        todo = sum(case.file not in folder.rows for batch in unfinished for case in batch)
-        total = sum(map(len, batches))
-        bar = tqdm(total=total, initial=total - todo, unit="image", desc=spec.name, disable=rank != 0)
-        with bar, applied(self._pipeline(spec), spec):
+        own = tqdm(
+            total=total, initial=total - todo, unit="image", desc=spec.name,
+            disable=bar is not None or not self.state.is_main_process,
+        )  # fmt: skip
+        with own, applied(self._pipeline(spec), spec):
             for batch in unfinished:
                 for case, image in zip(batch, self._images(spec, batch), strict=True):
                     if case.file not in folder.rows:
                         folder.add(case, image, {**extra, "flat": is_flat(image)})
-                        bar.update()
+                        (own if bar is None else bar).update()
 
     def release(self) -> None:
         """Let the pipeline go, to make room for what judges its images."""

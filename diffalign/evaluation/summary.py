@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffalign.config import command_line
 from diffalign.evaluation.comparisons import (
+    Axis,
     Comparison,
     Scores,
     Variant,
@@ -22,8 +23,9 @@ from diffalign.evaluation.comparisons import (
     corrected,
     mean_of,
     per_prompt,
+    rival,
 )
-from diffalign.evaluation.curves import Curves, over_optimised
+from diffalign.evaluation.curves import Curves, over_optimised, smoothed
 from diffalign.evaluation.eval_config import EvalConfig
 from diffalign.evaluation.pareto import pareto_front
 from diffalign.evaluation.sampling import versions
@@ -31,6 +33,8 @@ from diffalign.evaluation.stats import paired_difference
 
 Floats = NDArray[np.float64]
 SIGNIFICANT = 0.05
+CLIP_DISTANCE, VENDI, LPIPS = "distance", "vendi", "lpips"
+AXES: tuple[Axis, ...] = ("guidance", "steps", "scale", "trained")
 _VENDI_ALARM = 0.8
 """Share of the baseline's Vendi score below which the report warns."""
 
@@ -41,13 +45,21 @@ class Diversities:
 
     Attributes:
         prompts: indices (p,).
-        distance: mean pairwise 1 - cosine of the prompt's images by CLIP, (p,) of each variant.
-        vendi: effective number of different images, (p,) of each variant.
+        values: by measure, (p,) of each variant: "distance" is the mean pairwise 1 - cosine of the prompt's images by
+            CLIP, "vendi" their effective number, "lpips" their mean pairwise LPIPS.
     """
 
     prompts: Sequence[int]
-    distance: Mapping[Variant, Floats]
-    vendi: Mapping[Variant, Floats]
+    values: Mapping[str, Mapping[Variant, Floats]]
+
+    def mean(self, measure: str, variant: Variant) -> float:
+        """Over the prompts."""
+        return float(np.nanmean(self.values[measure][variant]))
+
+    @property
+    def pairwise(self) -> list[str]:
+        """The measures that are distances."""
+        return [name for name in (CLIP_DISTANCE, LPIPS) if name in self.values]
 
 
 def summarise(
@@ -77,9 +89,10 @@ def summarise(
         "models": [_model(variant, table, diversities, distances) for variant in table[0].by_variant],
         "comparisons": {name: [plain_comparison(c) for c in found] for name, found in families.items()},
         "diversity": _diversity_changes(diversities, baseline, config.bootstrap_draws),
-        "fronts": _fronts(table, diversities),
+        "fronts": _fronts(table, diversities, distances),
         "runs": [_run(one) for one in curves],
-        "guidance": _guidance(table),
+        "sweeps": {axis: _sweep(table, axis) for axis in AXES},
+        "reference": {"images": config.reference_images, "features": config.reference_features} if distances else None,
     }
     summary["warnings"] = warnings(table, families, rewards, summary["diversity"], config)
     summary["conclusions"] = conclusions(families)
@@ -127,8 +140,7 @@ def _model(
         **distances.get(variant, {}),
     }
     if diversities is not None:
-        found["distance"] = float(np.nanmean(diversities.distance[variant]))
-        found["vendi"] = float(np.nanmean(diversities.vendi[variant]))
+        found |= {measure: diversities.mean(measure, variant) for measure in diversities.values}
     return found
 
 
@@ -148,21 +160,24 @@ def _described(values: Floats, prompts: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _diversity_changes(diversities: Diversities | None, baseline: str, draws: int) -> list[dict[str, Any]]:
-    """Of each variant against the baseline's of the same guidance, or its only one: the change over prompts."""
+    """Of each variant against the baseline's at the same settings: the change over prompts of each distance."""
     if diversities is None:
         return []
-    own = [variant for variant in diversities.distance if variant.model == baseline]
+    variants = list(next(iter(diversities.values.values())))
+    own = [variant for variant in variants if variant.model == baseline]
     rows = []
-    for variant, distance in diversities.distance.items():
-        same = [other for other in own if other.guidance == variant.guidance] or (own if len(own) == 1 else [])
-        if variant.model == baseline or not same:
+    for variant in variants:
+        other = None if variant.model == baseline else rival(variant, own)
+        if other is None:
             continue
-        both = np.isfinite(distance) & np.isfinite(diversities.distance[same[0]])
-        change = paired_difference(distance[both], diversities.distance[same[0]][both], draws=draws)
-        vendi = float(np.nanmean(diversities.vendi[variant]) / np.nanmean(diversities.vendi[same[0]]))
-        rows.append(
-            {"model": variant.name, "against": same[0].name, "vendi_ratio": vendi, **_plain_difference(change)}
-        )
+        row: dict[str, Any] = {"model": variant.name, "against": other.name, "changes": {}}
+        for measure in diversities.pairwise:
+            ours, theirs = (diversities.values[measure][v] for v in (variant, other))
+            both = np.isfinite(ours) & np.isfinite(theirs)
+            row["changes"][measure] = _plain_difference(paired_difference(ours[both], theirs[both], draws=draws))
+        if VENDI in diversities.values:
+            row["vendi_ratio"] = diversities.mean(VENDI, variant) / diversities.mean(VENDI, other)
+        rows.append(row)
     return rows
 
 
@@ -170,55 +185,70 @@ def _plain_difference(change: Any) -> dict[str, Any]:
     return {key: _plain(value) for key, value in dataclasses.asdict(change).items()}
 
 
-def _fronts(table: Sequence[Scores], diversities: Diversities | None) -> list[dict[str, Any]]:
-    """For each reward: which variants nothing beats in it and in diversity; or, without that, in the second reward."""
+def _fronts(
+    table: Sequence[Scores],
+    diversities: Diversities | None,
+    distances: Mapping[Variant, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """Which variants nothing beats in two things at once: each reward, diversity and realism with one another.
+
+    Where neither diversity nor realism was measured, the first reward with each of the others.
+    """
     variants = list(table[0].by_variant)
-
-    def means(scores: Scores) -> list[float]:
-        return [mean_of(scores.by_variant[variant]) for variant in variants]
-
+    rewards = {scores.reward: [mean_of(scores.by_variant[v]) for v in variants] for scores in table}
+    prices: dict[str, list[float]] = {}
     if diversities is not None:
-        across = [float(np.nanmean(diversities.distance[variant])) for variant in variants]
-        pairs = [("diversity", across, scores.reward, means(scores)) for scores in table]
+        measure = diversities.pairwise[0]
+        prices["diversity"] = [diversities.mean(measure, v) for v in variants]
+    if distances:
+        prices["realism (-KID)"] = [-distances[v]["kid"] for v in variants]
+    if prices:
+        pairs = [(x, y) for x in prices for y in rewards] + ([tuple(prices)] if len(prices) > 1 else [])
     else:
-        pairs = [(table[0].reward, means(table[0]), other.reward, means(other)) for other in table[1:]]
-    found = []
-    for x, xs, y, ys in pairs:
-        points = np.array([xs, ys]).T
-        known = np.isfinite(points).all(1)
-        front = np.zeros(len(points), dtype=bool)
-        if known.any():
-            front[known] = pareto_front(points[known])
-        rows = [
-            {"model": v.name, "base_name": v.model, "x": float(a), "y": float(b), "front": bool(on)}
-            for v, (a, b), on, ok in zip(variants, points, front, known, strict=True)
-            if ok
-        ]
-        found.append({"x": x, "y": y, "points": rows})
-    return found
+        first, *others = rewards
+        pairs = [(first, other) for other in others]
+    axes = {**rewards, **prices}
+    return [_front(variants, x, y, np.array([axes[x], axes[y]]).T) for x, y in pairs]
 
 
-def _guidance(table: Sequence[Scores]) -> list[dict[str, Any]]:
-    """Mean score of each model at each guidance, for those that were drawn at several."""
+def _front(variants: Sequence[Variant], x: str, y: str, points: Floats) -> dict[str, Any]:
+    known = np.isfinite(points[:, 0]) & np.isfinite(points[:, 1])
+    front = np.zeros(len(points), dtype=np.bool_)
+    if known.any():
+        front[known] = pareto_front(points[known])
+    rows = [
+        {"model": v.name, "line": v.family or v.model, "x": float(a), "y": float(b), "front": bool(on)}
+        for v, (a, b), on, ok in zip(variants, points, front, known, strict=True)
+        if ok
+    ]
+    return {"x": x, "y": y, "points": rows}
+
+
+def _sweep(table: Sequence[Scores], axis: Axis) -> list[dict[str, Any]]:
+    """Mean scores over one setting, of what was drawn at several of it."""
     return [
         {
             "reward": scores.reward,
-            "model": model,
-            "scales": [v.guidance for v in variants],
+            "model": line,
+            "at": [getattr(v, axis) for v in variants],
             "means": [_plain(mean_of(scores.by_variant[v])) for v in variants],
-            "best": max(variants, key=lambda v: mean_of(scores.by_variant[v])).guidance,
+            "best": getattr(max(variants, key=lambda v: mean_of(scores.by_variant[v])), axis),
         }
         for scores in table
-        for model in scores.models
-        if len(variants := sorted(scores.variants(model), key=lambda v: v.guidance)) > 1
+        for line, variants in scores.series(axis).items()
+        if len(variants) > 1
     ]
 
 
 def _run(curves: Curves) -> dict[str, Any]:
-    """What a run's curves end with, and where its held-out rewards turned."""
+    """What a run's curves begin and end with, and where its held-out rewards turned."""
     trained = curves.trained.get("reward") or next(iter(curves.trained.values()), [])
     return {
         "run": curves.run,
+        "steps": max((step for points in curves.metrics.values() for step, _ in points), default=0),
+        "shown": {
+            name: {"first": points[0][1], "last": smoothed(points)[-1][1]} for name, points in curves.shown.items()
+        },
         "last": {name: points[-1][1] for name, points in curves.metrics.items()},
         "heldout": {
             name: {
@@ -240,8 +270,8 @@ def warnings(
     config: EvalConfig,
 ) -> list[str]:
     """What a reader of the numbers should know before believing them."""
-    found = _guidance_warnings(table, config)
     roles = {reward["name"]: reward["role"] for reward in rewards}
+    found = _guidance_warnings(table) + _turns(table, roles)
     if "trained on" in roles.values() and "held out" not in roles.values():
         found.append("Every reward here was trained on. Add held-out ones: a reward that is trained on rises anyway.")
     by_model: dict[tuple[str, str], list[Comparison]] = {}
@@ -256,7 +286,7 @@ def warnings(
                 "That is what over-optimisation looks like."
             )
     for row in diversity:
-        if row["vendi_ratio"] < _VENDI_ALARM:
+        if row.get("vendi_ratio", 1.0) < _VENDI_ALARM:
             share = 1 - row["vendi_ratio"]
             found.append(f"{row['model']} has lost {share:.0%} of the Vendi score of {row['against']}.")
     left_out = sum(one.left_out for one in families["equal"])
@@ -268,28 +298,49 @@ def warnings(
     return found
 
 
-def _guidance_warnings(table: Sequence[Scores], config: EvalConfig) -> list[str]:
-    models = table[0].models
-    swept = [model for model in models if len(table[0].variants(model)) > 1]
-    if not swept:
-        if len(models) < 2:
+def _turns(table: Sequence[Scores], roles: Mapping[str, str]) -> list[str]:
+    """Where a held-out reward falls from one checkpoint of a run to the next while a trained-on one still rises."""
+    curves = {
+        (scores.reward, line): [(float(v.trained or 0), mean_of(scores.by_variant[v])) for v in variants]
+        for scores in table
+        for line, variants in scores.series("trained").items()
+    }
+    found = []
+    for (reward, line), points in curves.items():
+        for (other, same), trained in curves.items():
+            if roles.get(reward) != "held out" or roles.get(other) != "trained on" or same != line:
+                continue
+            step = over_optimised(trained, points)
+            if step is not None:
+                found.append(
+                    f"{line}: {reward}, held out, falls after step {step:g} while {other}, trained on, rises. Look at "
+                    "that checkpoint before you take the last one."
+                )
+    return found
+
+
+def _guidance_warnings(table: Sequence[Scores]) -> list[str]:
+    lines = table[0].series("guidance")
+    if all(len(variants) < 2 for variants in lines.values()):
+        if len(table[0].models) < 2:
             return []
         return [
             "Every model was drawn at one guidance scale only. The best one differs between models, and a model can "
             "beat another at one scale and lose at its best: add --guidance_scales 1 2 3.5 5 7.5."
         ]
-    found = []
+    edges: dict[tuple[float, str], dict[str, list[str]]] = {}
     for scores in table:
-        for model in swept:
-            scales = sorted(variant.guidance for variant in scores.variants(model))
-            best = max(scores.variants(model), key=lambda v: mean_of(scores.by_variant[v])).guidance
-            if len(scales) > 1 and best in (scales[0], scales[-1]) and best != 1:
-                where = "lowest" if best == scales[0] else "highest"
-                found.append(
-                    f"{scores.reward}: the best guidance of {model} is {best:g}, the {where} that was drawn. Its best "
-                    "may lie beyond."
-                )
-    return found
+        for line, variants in lines.items():
+            best = max(variants, key=lambda v: mean_of(scores.by_variant[v])).guidance
+            if len(variants) > 1 and best in (variants[0].guidance, variants[-1].guidance) and best != 1:
+                where = "lowest" if best == variants[0].guidance else "highest"
+                edges.setdefault((best, where), {}).setdefault(line, []).append(scores.reward)
+    return [
+        f"The best guidance is {best:g}, the {where} that was drawn, and may lie beyond: "
+        + "; ".join(f"of {line} by {', '.join(rewards)}" for line, rewards in of.items())
+        + "."
+        for (best, where), of in edges.items()
+    ]
 
 
 def conclusions(families: Mapping[str, Sequence[Comparison]]) -> list[str]:

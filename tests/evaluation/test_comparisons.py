@@ -10,9 +10,11 @@ from diffalign.evaluation.comparisons import (
     at_equal_settings,
     at_their_best,
     by_category,
+    column_names,
     corrected,
     cross_fitted,
     per_prompt,
+    rivals,
 )
 
 LOW, HIGH = Variant("base", 2.0, 10), Variant("base", 5.0, 10)
@@ -36,7 +38,7 @@ def test_a_win_at_one_guidance_that_is_none_at_the_best() -> None:
     equal = {one.setting: one for one in at_equal_settings(table, "base")}
     assert equal["guidance 5"].win.low > 0.8
     (best,) = at_their_best(table, "base")
-    assert best.setting == "guidance 5 against guidance 2"
+    assert best.setting == "guidance 5 against 2"
     assert best.win.low < 0.5 < best.win.high
 
 
@@ -50,7 +52,7 @@ def test_a_model_gains_nothing_by_more_tries() -> None:
         table = scores(values)
         base = values[Variant("base", 1.0, 10)].mean()
         naive.append(max(table.by_variant[v].mean() for v in table.variants("tuned")) - base)
-        fitted.append(cross_fitted(table, "tuned")[0].mean() - base)
+        fitted.append(cross_fitted(table, table.variants("tuned"))[0].mean() - base)
     assert np.mean(naive) > 0.15
     assert abs(np.mean(fitted)) < 3 * np.std(fitted) / np.sqrt(120)
 
@@ -58,9 +60,37 @@ def test_a_model_gains_nothing_by_more_tries() -> None:
 def test_a_model_with_one_setting_is_compared_with_the_only_one_of_the_base() -> None:
     fast = Variant("fast", 1.0, 4)
     (one,) = at_equal_settings(scores(sample({HIGH: 0.0, fast: 2.0})), "base")
-    assert one.setting == "guidance 1 against 5" and one.win.rate > 0.9
+    assert one.setting == "guidance 1 against 5, 4 steps against 10" and one.win.rate > 0.9
     assert at_equal_settings(scores(sample({LOW: 0.0, HIGH: 0.0, fast: 0.0})), "base") == []
     assert at_their_best(scores(sample({HIGH: 0.0, fast: 0.0})), "base") == []
+
+
+def test_numbers_of_steps_are_compared_with_the_same_number() -> None:
+    base = {Variant("base", g, n): 0.1 * n for g in (1.0, 5.0) for n in (4, 30)}
+    tuned = {Variant("lcm", 1.0, n): v for n, v in ((2, 1.0), (4, 2.0))}
+    table = scores(sample({**base, **tuned}))
+    equal = {one.setting: one for one in at_equal_settings(table, "base")}
+    assert set(equal) == {"guidance 1, 4 steps"}, "the base at 2 steps was not drawn, and which of 4 is not clear"
+    best = {one.setting.partition(", ")[2]: one for one in at_their_best(table, "base")}
+    assert set(best) == {"2 steps against 30", "4 steps"}
+    assert best["4 steps"].win.rate > 0.95 and best["2 steps against 30"].win.rate < 0.1
+    assert [v.steps for v in table.series("steps")["lcm, guidance 1"]] == [2, 4]
+    assert [v.guidance for v in table.series("guidance")["base, 30 steps"]] == [1.0, 5.0]
+
+
+def test_columns_say_what_differs_and_what_they_are_compared_with() -> None:
+    steps = [Variant("base", 5.0, n) for n in (1, 8)]
+    assert column_names(steps) == ["1 step", "8 steps"] and rivals(steps) == [0, 0]
+    both = [*steps, Variant("lcm", 1.0, 1), Variant("lcm", 1.0, 8), Variant("other", 1.0, 3)]
+    assert column_names(both)[1:4] == [
+        "base, guidance 5, 8 steps",
+        "lcm, guidance 1, 1 step",
+        "lcm, guidance 1, 8 steps",
+    ]
+    assert rivals(both) == [0, 0, 0, 1, 0]
+    assert column_names([LOW]) == ["base"] and column_names([HIGH, TUNED_HIGH]) == ["base", "tuned"]
+    scaled = [HIGH, *(Variant(f"tuned at {s:g}", 5.0, 10, "tuned", s) for s in (1.0, 0.5))]
+    assert [v.scale for v in scores(sample(dict.fromkeys(scaled, 0.0))).series("scale")["tuned"]] == [0.5, 1.0]
 
 
 def test_medians_of_each_prompt_are_compared_too() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.evaluation import distribution
+from diffalign.evaluation.distribution import Realism
 from diffalign.evaluation.folder import Case, SampleFolder
 
 
@@ -40,7 +41,7 @@ def test_fid_is_the_distance_of_two_gaussians(
 ) -> None:
     pytest.importorskip("torchmetrics")
     real_metrics = distribution.make_metrics
-    monkeypatch.setattr(distribution, "make_metrics", lambda subset: real_metrics(subset, Means()))
+    monkeypatch.setattr(distribution, "make_metrics", lambda subset, feature: real_metrics(subset, Means()))
     (tmp_path / "real").mkdir()
     for number, image in enumerate(colours[:12]):
         image.save(tmp_path / "real" / f"{number}.png")
@@ -49,13 +50,13 @@ def test_fid_is_the_distance_of_two_gaussians(
     cases = [Case(index, "p", 0) for index in range(12)]
     for case, image in zip(cases, colours[12:], strict=True):
         folder.add(case, image, {})
-    found = distribution.distances(str(tmp_path / "real"), {"model": folder}, cases, "cpu")["model"]
+    found = Realism(str(tmp_path / "real"), 12, device="cpu").distances({"model": folder}, cases)["model"]
     a, b = features(colours[:12]), features(colours[12:])
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb)))
     assert found["fid"] == pytest.approx(expected, abs=1e-5)
     state = torch.random.get_rng_state()
-    again = distribution.distances(str(tmp_path / "real"), {"model": folder}, cases, "cpu")["model"]
+    again = Realism(str(tmp_path / "real"), 12, device="cpu").distances({"model": folder}, cases)["model"]
     assert again == found and torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -72,4 +73,33 @@ def test_without_torchmetrics_one_is_told_what_to_install(monkeypatch: pytest.Mo
         distribution.make_metrics(10)
     with pytest.raises(UserError, match="at least two"):
         distribution.make_metrics(1)
-    assert distribution.distances(None, {}, []) == {}
+
+
+def test_without_inceptions_weights_one_is_told_where_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", offline)
+    with pytest.raises(UserError, match=r"no network.*inception-2015-12-05.*checkpoints.*--reference_features"):
+        distribution.make_metrics(10)
+
+
+def test_a_clip_in_place_of_inception(colours: list[Image.Image], tmp_path: Path) -> None:
+    """Images of the reference itself are at distance 0 of it, others are not; nothing is downloaded."""
+    pytest.importorskip("torchmetrics")
+    (tmp_path / "real").mkdir()
+    folders = {name: SampleFolder(tmp_path / name, {}) for name in ("same", "other")}
+    cases = [Case(index, "p", 0) for index in range(12)]
+    for folder, images in zip(folders.values(), (colours[:12], colours[12:]), strict=True):
+        folder.prepare()
+        for case, image in zip(cases, images, strict=True):
+            folder.add(case, image, {})
+    for number, image in enumerate(colours[:12]):
+        image.save(tmp_path / "real" / f"{number}.png")
+    realism = Realism(str(tmp_path / "real"), 12, "shapes-clip", "cpu")
+    assert realism.side == 64
+    found = realism.distances(folders, cases)
+    assert found["same"]["fid"] == pytest.approx(0, abs=1e-4) and found["other"]["fid"] > 1e-3
+    assert found["same"]["kid"] < found["other"]["kid"]

@@ -13,10 +13,12 @@ from torch import Tensor
 from diffalign.config import parse_args
 from diffalign.errors import UserError
 from diffalign.evaluation import grid as module
+from diffalign.evaluation.comparisons import column_names
 from diffalign.evaluation.folder import read_rows
 from diffalign.evaluation.grid import GridConfig, make_grid, run_grid
 from diffalign.evaluation.sampling import Drawer
 from diffalign.evaluation.stats import win_rate
+from diffalign.evaluation.sweep import folder_names
 from diffalign.rewards import register, registry
 
 PROMPTS = ["a red circle", "a blue square on a gray background", "a cross"]
@@ -66,7 +68,7 @@ def test_grid_from_prompts_to_picture(
     with Image.open(result.path) as page:
         assert page.size[0] > 3 * 160
     assert sorted(path.name for path in out.iterdir()) == [
-        *("base", "grid.html", "grid.png", "lora-0", "mine", "scores.jsonl"),
+        *("base", "cache", "grid.html", "grid.png", "lora-0", "mine", "scores.jsonl"),
     ]
 
     files = {name: sorted((out / name / "images").glob("*.png")) for name in ("base", "lora-0", "mine")}
@@ -129,9 +131,9 @@ def test_a_second_run_draws_nothing_and_another_model_only_itself(
     drawn: list[str] = []
     real = Drawer._draw_missing
 
-    def spy(self: Drawer, spec: Any, cases: Any, folder: Any) -> None:
+    def spy(self: Drawer, spec: Any, cases: Any, folder: Any, bar: Any) -> None:
         before = len(folder.rows)
-        real(self, spec, cases, folder)
+        real(self, spec, cases, folder, bar)
         drawn.extend([spec.name] * (len(folder.rows) - before))
 
     monkeypatch.setattr(Drawer, "_draw_missing", spy)
@@ -178,13 +180,66 @@ def test_several_scorers_each_get_their_line(config: GridConfig) -> None:
 
 
 def test_columns(config: GridConfig, lora_paths: list[str], tiny_sd_path: str) -> None:
+    def names(**values: Any) -> list[str]:
+        return column_names(list(changed(config, **values).variants()))
+
     a = lora_paths[0]
-    assert [s.name for s in changed(config, models=[a, "base"]).specs()] == ["lora-0", "base"]
-    assert [s.name for s in changed(config, models=[a], base=False).specs()] == ["lora-0"]
-    assert [s.name for s in changed(config, models=[a, a]).specs()] == ["base", "lora-0", "lora-0 (2)"]
-    specs = changed(config, models=[f"x/y={a}", f"x y={a}"]).specs()
-    assert [module._folder(spec, specs) for spec in specs] == ["base", "x_y", "x_y-2"]
-    assert changed(config, models=[tiny_sd_path]).specs()[1].path == tiny_sd_path
+    assert names(models=[a, "base"]) == ["lora-0", "base"]
+    assert names(models=[a], base=False) == ["lora-0"]
+    assert names(models=[a, a]) == ["base", "lora-0", "lora-0 (2)"]
+    assert names(models=[a], lora_scales=[0.5, 1.0]) == ["base", "lora-0 at 0.5", "lora-0 at 1"]
+    assert names(models=[], guidance_scales=[1.0, 5.0]) == ["guidance 1", "guidance 5"]
+    fast = {"model": a, "name": "fast", "steps": 3, "guidance": 1.0}
+    assert names(models=[fast], steps=[1, 2]) == [
+        *("base, guidance 5, 1 step", "base, guidance 5, 2 steps", "fast, guidance 1, 3 steps"),
+    ]
+    assert folder_names(["base", "x/y", "x y", "X y"]) == ["base", "x_y", "x_y-2", "X_y-3"]
+    assert [spec.path for spec in changed(config, models=[tiny_sd_path]).variants().values()] == [None, tiny_sd_path]
+
+
+def test_seeds_by_steps_of_one_prompt(config: GridConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def spy(images: Any, rows: Any, columns: Any, **more: Any) -> Image.Image:
+        given.append({"rows": rows, "columns": columns, **more})
+        return make_grid(images, rows, columns, **more)
+
+    monkeypatch.setattr(module, "make_grid", spy)
+    asked = changed(config, models=config.models[:1], prompts=PROMPTS[:1], seeds=[4, 7], steps=[1, 2], theme="both")
+    result = run_grid(asked)
+    assert result is not None and [one["theme"] for one in given] == ["light", "dark"]
+    assert given[0]["rows"] == ["seed 4", "seed 7"] and given[0]["title"] == PROMPTS[0]
+    assert given[0]["columns"] == ["base, 1 step", "base, 2 steps", "lora-0, 1 step", "lora-0, 2 steps"]
+    assert given[0]["against"] == [0, 0, 0, 1] and "the same settings of the first model" in given[0]["footer"]
+    scores = result.scores["red"]
+    assert result.win_rates["red"]["lora-0, 2 steps"] == win_rate(
+        scores["lora-0, 2 steps"], scores["base, 2 steps"], groups=[0, 0]
+    )
+    assert any("lora-0, 2 steps: mean" in line and "against base, 2 steps" in line for line in result.lines())
+    row = read_rows(Path(config.output_dir) / "lora-0_2_steps" / "samples.jsonl")[0]
+    assert row["num_inference_steps"] == 2 and row["model"] == "lora-0, 2 steps"
+    with Image.open(result.path) as light, Image.open(result.path.with_name("grid-dark.png")) as dark:
+        assert light.size == dark.size and light.getpixel((0, 0)) == (255, 255, 255) != dark.getpixel((0, 0))
+
+
+SCORED: list[str] = []
+
+
+def counted(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
+    SCORED.extend(prompts)
+    return images[:, 0].mean((1, 2))
+
+
+def test_scores_are_kept_when_a_grid_is_made_again(config: GridConfig) -> None:
+    SCORED.clear()
+    register("counted", counted)
+    first = run_grid(changed(config, scorer=["counted"]))
+    assert len(SCORED) == 9
+    second = run_grid(changed(config, scorer=["counted"], rows=1))
+    assert len(SCORED) == 9 and first is not None and second is not None
+    assert {k: v.tolist() for k, v in first.scores["counted"].items()} == {
+        k: v.tolist() for k, v in second.scores["counted"].items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,26 @@ def test_the_page_shows_scores_and_winners(opened: Any) -> None:
     assert opened.texts(".row .prompt") == PROMPTS and opened.driver.title == "Títle <b>"
     assert opened.texts("#models strong") == ["base", "mine", "<i>third</i>"]
     shown = [text.split() for text in opened.texts(".row:nth-child(1) figcaption")]
-    assert shown == [["0.50"], ["0.60", "+0.10"], ["0.20", "−0.30"]]
+    assert [words[:-2] for words in shown] == [["0.50"], ["0.60", "+0.10"], ["0.20", "−0.30"]]
+    assert [words[-2:] for words in shown] == [["other", "-0.5"], ["other", "-0.6"], ["other", "-0.2"]]
     assert models(opened, ".row:nth-child(1) .winner") == [1]
     assert models(opened, ".row:nth-child(5) .winner") == [0, 1]
     opened.wait(lambda: opened.run("return [...document.images].every((i) => i.complete && i.naturalWidth === 32)"))
     opened.choose("#scorer", "other")
     assert models(opened, ".row:nth-child(1) .winner") == [2]
+    assert opened.texts(".row:nth-child(1) .others") == ["red 0.50", "red 0.60", "red 0.20"]
+
+
+@pytest.mark.browser
+def test_columns_are_compared_with_the_one_that_they_name(page: Page, tmp_path: Path, browser: Any) -> None:
+    write_page(tmp_path / "grid.html", replace(page, against=[0, 0, 1]))
+    browser.open((tmp_path / "grid.html").as_uri())
+    shown = [text.split()[:2] for text in browser.texts(".row:nth-child(1) figcaption")]
+    assert shown[1:] == [["0.60", "+0.10"], ["0.20", "−0.40"]]
+    browser.all(".row:nth-child(1) .open")[2].click()
+    assert models(browser, "#sides figure") == [1, 2] and browser.complaints() == []
+    with pytest.raises(UserError, match="2 places"):
+        replace(page, against=[0, 0])
 
 
 @pytest.mark.browser

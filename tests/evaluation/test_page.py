@@ -11,6 +11,8 @@ from diffalign.errors import UserError
 from diffalign.evaluation import page as grid
 from diffalign.evaluation.page import make_grid, wrap
 
+LIGHT = grid.THEMES["light"]
+
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -62,16 +64,16 @@ def test_best_of_a_row_is_framed() -> None:
     images = [[picture(0), picture(1), picture(2)]]
     page = make_grid(images, ["p"], ["a", "b", "c"], scores=[[0.1, 0.9, None]])
     x, y = find(page, picture(1).resize((160, 160), Image.Resampling.NEAREST)) or (0, 0)
-    assert page.getpixel((x - 2, y + 80)) == ImageColor.getrgb(grid.FRAME)
+    assert page.getpixel((x - 2, y + 80)) == ImageColor.getrgb(LIGHT.frame)
     x, y = find(page, picture(0).resize((160, 160), Image.Resampling.NEAREST)) or (0, 0)
-    assert page.getpixel((x - 1, y + 80)) == ImageColor.getrgb(grid.LINE)
+    assert page.getpixel((x - 1, y + 80)) == ImageColor.getrgb(LIGHT.line)
     for scores, highlight in (
         ([[0.5, 0.5, 0.5]], True),
         ([[None, 0.5, float("nan")]], True),
         ([[0.1, 0.9, 0.2]], False),
     ):
         page = make_grid(images, ["p"], ["a", "b", "c"], scores=scores, highlight=highlight)
-        assert not has_colour(page, grid.FRAME)
+        assert not has_colour(page, LIGHT.frame)
 
 
 def test_best() -> None:
@@ -87,7 +89,10 @@ def test_every_label_leaves_its_mark() -> None:
         {"row_labels": ["q"]},
         {"column_labels": ["a", "c"]},
         {"scores": [[0.1, 0.3]]},
-        {"decimals": 3},
+        {"decimals": 4},
+        {"against": [0, 1]},
+        {"theme": "dark"},
+        {"scores": {"red": [[0.1, 0.2]]}},
         {"title": "t"},
         {"footer": "f"},
         {"column_notes": [None, "mean 0.2"]},
@@ -95,6 +100,56 @@ def test_every_label_leaves_its_mark() -> None:
         arguments = {"row_labels": ["p"], "column_labels": ["a", "b"], "scores": [[0.1, 0.2]], **change}
         page = np.asarray(make_grid(images, **arguments))
         assert page.shape != plain.shape or (page != plain).any(), change
+
+
+def test_each_scorer_has_a_line_and_the_first_one_frames() -> None:
+    images = [[picture(0), picture(1)], [picture(2), picture(3)]]
+    labels = ["p", "q"], ["a", "b"]
+    one = make_grid(images, *labels, scores={"red": [[0.1, 0.9], [0.8, 0.2]]})
+    tables = {"red": [[0.1, 0.9], [0.8, 0.2]], "blue": [[5.0, 1.0], [float("nan"), None]]}
+    two = make_grid(images, *labels, scores=tables)
+    step = (two.height - one.height) / 2
+    assert two.width == one.width and 14 <= step <= 30, "a line more under each row"
+    x, y = find(two, picture(1).resize((160, 160), Image.Resampling.NEAREST)) or (0, 0)
+    assert two.getpixel((x - 2, y + 80)) == ImageColor.getrgb(LIGHT.frame)
+    x, y = find(two, picture(0).resize((160, 160), Image.Resampling.NEAREST)) or (0, 0)
+    assert two.getpixel((x - 1, y + 80)) == ImageColor.getrgb(LIGHT.line)
+    # In the second line of the first row the left one is best: its green is there, and nowhere to its right.
+    below = two.crop((x, y + 160 + int(step) + 6, x + 160, y + 160 + 2 * int(step) + 6))
+    assert has_colour(below, LIGHT.better)
+
+
+def test_differences_are_to_the_column_that_is_named() -> None:
+    images, labels = [[picture(k) for k in range(3)]], (["p"], ["a", "b", "c"])
+    first, second = (
+        np.asarray(make_grid(images, *labels, scores=[[0.1, 0.2, 0.3]], against=against, highlight=False))
+        for against in ([0, 0, 0], [0, 0, 1])
+    )
+    changed = np.flatnonzero((first != second).any((0, 2)))
+    assert changed.min() > first.shape[1] * 0.6, "only the third column's differs"
+
+
+def test_a_dark_page_is_dark_all_over() -> None:
+    images, scores = [[picture(0), None]], [[0.1, 0.2]]
+    page = make_grid(images, ["prompt"], ["a", "b"], scores=scores, theme="dark", title="t", footer="f")
+    dark = grid.THEMES["dark"]
+    assert page.getpixel((0, 0)) == page.getpixel((page.width - 1, page.height - 1)) == ImageColor.getrgb(dark.paper)
+    assert not has_colour(page, LIGHT.ink) and has_colour(page, dark.ink) and has_colour(page, dark.better)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([[20.1, 22.4], [21.0, 19.7]], 2),
+        ([[0.271, 0.284], [0.279, 0.268]], 4),
+        ([[0.0, 1.0]], 2),
+        ([[1e-9, 2e-9]], 4),
+        ([[3.0, 3.0]], 2),
+        ([[None, float("nan")]], 2),
+    ],
+)
+def test_decimals_tell_scores_apart(scores: grid.Scores, expected: int) -> None:
+    assert grid.decimals_for(scores) == expected
 
 
 def test_missing_images_leave_their_place_empty() -> None:
@@ -139,6 +194,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_grid(*arguments)
+    with pytest.raises(UserError, match="against"):
+        make_grid(one, ["p"], ["a"], against=[1])
     with pytest.raises(UserError, match="row 0 has 2 scores for 1"):
         make_grid(one, ["p"], ["a"], scores=[[1.0, 2.0]])
     with pytest.raises(UserError, match="2 rows of scores"):

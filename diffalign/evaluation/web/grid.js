@@ -11,10 +11,14 @@ let large = null; // { row, left, right }: indices of a shown row and of two mod
 
 const scoreOf = (row, model) => row.cells[model]?.scores[state.scorer] ?? null;
 
-function margin(row) {
-  const [first, other] = [scoreOf(row, 0), scoreOf(row, state.model)];
-  return first === null || other === null ? null : other - first;
+// Of a model over the one that it is compared with; null where one has no score, or it is compared with none.
+function gain(row, model) {
+  const { against } = data.models[model];
+  const [own, other] = [scoreOf(row, model), scoreOf(row, against)];
+  return against === model || own === null || other === null ? null : own - other;
 }
+
+const margin = (row) => gain(row, state.model);
 
 function winners(row) {
   const scores = row.cells.map((_, model) => scoreOf(row, model));
@@ -42,6 +46,15 @@ function order(row) {
 const nameOf = (row, model) =>
   state.blind ? String.fromCodePoint(65 + order(row).indexOf(model)) : data.models[model].name;
 
+// The scores by the scorers that are not chosen.
+function others(row, model) {
+  const scores = row.cells[model]?.scores ?? [];
+  const texts = data.scorers.flatMap(({ name, decimals }, index) =>
+    index === state.scorer ? [] : [`${name} ${scores[index]?.toFixed(decimals) ?? "none"}`],
+  );
+  return element("span", { className: "others muted", textContent: texts.join(" · ") });
+}
+
 function caption(row, model) {
   const parts = [element("span", { className: "name", textContent: nameOf(row, model) })];
   const score = scoreOf(row, model);
@@ -49,14 +62,14 @@ function caption(row, model) {
     const decimals = data.scorers[state.scorer].decimals;
     const text = score === null ? "no score" : score.toFixed(decimals);
     parts.push(element("span", { className: "score", textContent: text }));
-    const first = scoreOf(row, 0);
-    if (model > 0 && score !== null && first !== null) {
-      const change = score - first;
+    const change = gain(row, model);
+    if (change !== null) {
       const direction = Math.abs(change) <= TIE ? "muted" : change > 0 ? "up" : "down";
       const sign = change < 0 ? "−" : "+";
       parts.push(element("span", { className: direction, textContent: sign + Math.abs(change).toFixed(decimals) }));
     }
   }
+  if (data.scorers.length > 1 && !state.blind) parts.push(others(row, model));
   return element("figcaption", {}, ...parts);
 }
 
@@ -118,10 +131,11 @@ const drawn = (row) => order(row).filter((model) => row.cells[model]);
 
 function open(index, model) {
   const row = shown[index];
-  const others = drawn(row).filter((other) => other !== model);
-  // Against the first model, which all are compared with; the first itself against the best of the others.
-  const best = others.toSorted((a, b) => (scoreOf(row, b) ?? -Infinity) - (scoreOf(row, a) ?? -Infinity))[0];
-  const rival = state.blind ? others[0] : others.includes(0) ? 0 : best;
+  const rest = drawn(row).filter((other) => other !== model);
+  // Against the model that it is compared with; the first, which is compared with none, against the best of the others.
+  const best = rest.toSorted((a, b) => (scoreOf(row, b) ?? -Infinity) - (scoreOf(row, a) ?? -Infinity))[0];
+  const { against } = data.models[model];
+  const rival = state.blind ? rest[0] : rest.includes(against) ? against : best;
   const sides = [model, rival].filter((side) => side !== undefined);
   sides.sort((a, b) => order(row).indexOf(a) - order(row).indexOf(b));
   large = { row: index, model, sides };
@@ -162,10 +176,10 @@ function turn(step) {
 
 function changeRival(step) {
   const row = shown[large.row];
-  const others = drawn(row).filter((model) => model !== large.model);
-  if (others.length < 2) return;
-  const now = others.findIndex((model) => large.sides.includes(model));
-  const next = others[(now + step + others.length) % others.length];
+  const rest = drawn(row).filter((model) => model !== large.model);
+  if (rest.length < 2) return;
+  const now = rest.findIndex((model) => large.sides.includes(model));
+  const next = rest[(now + step + rest.length) % rest.length];
   large.sides = [large.model, next].sort((a, b) => order(row).indexOf(a) - order(row).indexOf(b));
   showLarge();
 }
@@ -208,7 +222,8 @@ function setUp() {
   const categories = [...new Set(data.rows.map((row) => row.category).filter(Boolean))].sort();
   fill(by("category"), [["", "All categories"], ...categories.map((name) => [name, name])], !categories.length);
   fill(by("scorer"), data.scorers.map((scorer, index) => [index, scorer.name]), data.scorers.length < 2);
-  const rivals = data.models.map((model, index) => [index, `of ${model.name}`]).slice(1);
+  const rivals = data.models.flatMap((model, index) => (model.against === index ? [] : [[index, `of ${model.name}`]]));
+  if (rivals.length) state.model = rivals[0][0];
   fill(by("model"), rivals, rivals.length < 2 || !data.scorers.length);
   by("sort").hidden = !data.scorers.length || !rivals.length;
   by("blind").hidden = data.models.length < 2;
