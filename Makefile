@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format wheel shapes constraints clean
+.PHONY: help setup demo test bench lint types format wheel shapes constraints clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,9 @@ demo: $(READY)  ## align the bundled model on the bundled pairs; ends with a rep
 # One thread a worker: on few cores, torch's own threads would fight the workers for them.
 test: $(READY)  ## run all tests (those that need a GPU are skipped without one)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+bench: $(READY)  ## measure again and say what became slower than the stored results (minutes, on a quiet machine)
+	@$(BIN)/python benchmarks/guard.py
 
 lint: $(READY)  ## check style and formatting
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "lint: clean"
