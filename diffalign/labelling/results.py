@@ -26,6 +26,7 @@ class Results:
     Attributes:
         counts: votes by annotator and kind (first, second, tie, skip), of the pairs that are shown.
         win_rates: (model, the one it is compared with, rate): of each pair the majority counts, a draw as half.
+        by_annotator: (annotator, model, other, rate) of each one's own votes; empty where one alone voted.
         agreement: share of the pairs without a draw in which the preferred image has the higher score, by reward;
             "the set's own labels" for a set of preferences.
         between: (annotator, annotator, share of equal votes, pairs both voted on without skipping).
@@ -33,6 +34,7 @@ class Results:
 
     counts: Mapping[str, Mapping[str, int]]
     win_rates: Sequence[tuple[str, str, WinRate]]
+    by_annotator: Sequence[tuple[str, str, str, WinRate]]
     agreement: Mapping[str, Accuracy]
     between: Sequence[tuple[str, str, float, int]]
 
@@ -42,6 +44,8 @@ class Results:
             yield f"{annotator}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
         for model, other, rate in self.win_rates:
             yield f"people prefer {model} to {other}: {rate}"
+        for annotator, model, other, rate in self.by_annotator:
+            yield f"{annotator} prefers {model} to {other}: {rate}"
         for name, accuracy in self.agreement.items():
             yield f"{name} agrees with people: {accuracy}"
         for first, second, share, n in self.between:
@@ -52,6 +56,9 @@ class Results:
         return {
             "counts": {name: dict(kinds) for name, kinds in self.counts.items()},
             "win_rates": [{"model": m, "against": o, **asdict(rate)} for m, o, rate in self.win_rates],
+            "by_annotator": [
+                {"annotator": who, "model": m, "against": o, **asdict(rate)} for who, m, o, rate in self.by_annotator
+            ],
             "agreement": {name: asdict(accuracy) for name, accuracy in self.agreement.items()},
             "between": [{"annotators": [a, b], "share": share, "n": n} for a, b, share, n in self.between],
         }
@@ -69,7 +76,13 @@ def judge(items: Sequence[Item], votes: Votes) -> Results:
         }
         for annotator, own in votes.items()
     }
-    return Results(counts, list(_win_rates(voted, share)), _agreement(voted, share), list(_between(known, votes)))
+    return Results(
+        counts,
+        list(_win_rates(voted, share)),
+        list(_by_annotator(items, votes)),
+        _agreement(voted, share),
+        list(_between(known, votes)),
+    )
 
 
 def _values(item: Item, votes: Votes) -> list[float]:
@@ -84,6 +97,17 @@ def _win_rates(items: Sequence[Item], share: Mapping[str, float]) -> Iterator[tu
     for (first, second), own in by_models.items():
         shares = np.array([share[item.id] for item in own])
         yield second, first, win_rate(1 - shares, shares, groups=[item.prompt for item in own])
+
+
+def _by_annotator(items: Sequence[Item], votes: Votes) -> Iterator[tuple[str, str, str, WinRate]]:
+    values = {
+        annotator: {item.id: _FIRST[vote] for item in items if (vote := own.get(item.id)) in _FIRST}
+        for annotator, own in votes.items()
+    }
+    voters = {annotator: own for annotator, own in values.items() if own}
+    for annotator, own in voters.items() if len(voters) > 1 else ():
+        for model, other, rate in _win_rates([item for item in items if item.id in own], own):
+            yield annotator, model, other, rate
 
 
 def _agreement(items: Sequence[Item], share: Mapping[str, float]) -> dict[str, Accuracy]:

@@ -19,47 +19,47 @@ def test_votes_are_on_disk_when_add_returns_and_read_again(tmp_path: Path, monke
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (real(number), synced.append(len(rows(tmp_path)))))
     journal = Journal(tmp_path)
-    journal.add("anna", "x", "first", left="second")
-    journal.add("anna", "y", "tie")
-    journal.add("bo", "x", "skip")
+    journal.add("annotator-1", "x", "first", left="second")
+    journal.add("annotator-1", "y", "tie")
+    journal.add("annotator-2", "x", "skip")
     assert synced == [1, 2, 3]
     assert rows(tmp_path)[0] | {"time": ""} == {
         "time": "",
-        "annotator": "anna",
+        "annotator": "annotator-1",
         "item": "x",
         "vote": "first",
         "left": "second",
     }
     journal.close()
     again = Journal(tmp_path)
-    assert again.votes == {"anna": {"x": "first", "y": "tie"}, "bo": {"x": "skip"}}
+    assert again.votes == {"annotator-1": {"x": "first", "y": "tie"}, "annotator-2": {"x": "skip"}}
     again.close()
 
 
 def test_a_vote_repeated_is_one_and_a_vote_changed_is_the_latest(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for item, vote in (("x", "first"), ("x", "first"), ("y", "tie"), ("x", "second"), ("z", "undo"), ("y", "undo")):
-        journal.add("anna", item, vote)
+        journal.add("annotator-1", item, vote)
     assert [row["vote"] for row in rows(tmp_path)] == ["first", "tie", "second", "undo"]
-    assert journal.votes == {"anna": {"x": "second"}}
+    assert journal.votes == {"annotator-1": {"x": "second"}}
     journal.close()
 
 
 def test_a_line_that_was_cut_off_goes_and_the_next_is_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.add("anna", "x", "first")
+    journal.add("annotator-1", "x", "first")
     journal.close()
     with (tmp_path / "votes.jsonl").open("a") as stream:
-        stream.write('{"annotator": "anna", "item": "y", "vo')
+        stream.write('{"annotator": "annotator-1", "item": "y", "vo')
     again = Journal(tmp_path)
-    again.add("anna", "z", "tie")
+    again.add("annotator-1", "z", "tie")
     again.close()
     assert [(row["item"], row["vote"]) for row in rows(tmp_path)] == [("x", "first"), ("z", "tie")]
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path)
-    journal.add("anna", "x", "first")
+    journal.add("annotator-1", "x", "first")
 
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
@@ -67,9 +67,9 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            journal.add("anna", "y", "tie")
-    assert journal.votes == {"anna": {"x": "first"}} and len(rows(tmp_path)) == 1
-    journal.add("anna", "y", "tie")
+            journal.add("annotator-1", "y", "tie")
+    assert journal.votes == {"annotator-1": {"x": "first"}} and len(rows(tmp_path)) == 1
+    journal.add("annotator-1", "y", "tie")
     assert len(rows(tmp_path)) == 2
     journal.close()
 

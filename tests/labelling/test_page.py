@@ -46,9 +46,9 @@ def test_keys_buttons_and_images_vote_and_undo_takes_back(
     place = served(session)
     browser.open(place)
     browser.wait(lambda: browser.one("#start").is_displayed())
-    browser.one("#name").send_keys("anna\n")
+    browser.one("#name").send_keys("annotator-1\n")
     ready(browser, 0)
-    assert browser.driver.current_url == f"{place}/label/anna"
+    assert browser.driver.current_url == f"{place}/label/annotator-1"
     shown = browser.one("#prompt").text
     assert shown in {item.prompt for item in session.items.values()}, "HTML in a prompt is text"
     browser.press("1")
@@ -67,7 +67,7 @@ def test_keys_buttons_and_images_vote_and_undo_takes_back(
     browser.one(".choices [data-choice=tie]").click()
     ready(browser, 3)
     assert [vote for _, vote in votes(tmp_path / "votes")][1:4] == ["tie", "undo", "undo"]
-    kinds = list(session.journal.votes["anna"].values())
+    kinds = list(session.journal.votes["annotator-1"].values())
     assert kinds[0] in ("first", "second") and kinds[1:] == ["skip", "tie"]
     left = [json.loads(line)["left"] for line in (tmp_path / "votes" / "votes.jsonl").open() if "undo" not in line]
     assert kinds[0] != left[-3], "the right image was chosen"
@@ -85,13 +85,13 @@ def test_keys_buttons_and_images_vote_and_undo_takes_back(
 
 def test_two_annotators_do_not_collide(browser: Any, session: Session, served: Callable[[Any], str]) -> None:
     place = served(session)
-    browser.open(f"{place}/label/anna")
+    browser.open(f"{place}/label/annotator-1")
     ready(browser, 0)
     first = browser.driver.current_window_handle
     browser.driver.switch_to.new_window("tab")
     browser.look()
     try:
-        browser.driver.get(f"{place}/label/bo")
+        browser.driver.get(f"{place}/label/annotator-2")
         ready(browser, 0)
         for done, key in enumerate(("3", "3", "3"), 1):
             browser.press(key)
@@ -105,22 +105,26 @@ def test_two_annotators_do_not_collide(browser: Any, session: Session, served: C
                 browser.driver.switch_to.window(handle)
                 browser.driver.close()
         browser.driver.switch_to.window(first)
-    assert list(session.journal.votes["bo"].values()) == ["tie"] * 3
-    assert list(session.journal.votes["anna"].values()) == ["skip"]
+    assert list(session.journal.votes["annotator-2"].values()) == ["tie"] * 3
+    assert list(session.journal.votes["annotator-1"].values()) == ["skip"]
 
 
 def test_results_and_a_phone(browser: Any, session: Session, served: Callable[[Any], str]) -> None:
     place = served(session)
     for item in session.items:
-        session.vote("anna", item, "left")
-        session.vote("bo", item, "tie")
-    session.undo("bo", item)
+        session.vote("annotator-1", item, "left")
+        session.vote("annotator-2", item, "tie")
+    session.undo("annotator-2", item)
     browser.open(f"{place}/results")
     browser.wait(lambda: "People prefer" in browser.one("#results").text)
-    assert "mine to base" in browser.one("#results").text and "anna and bo" in browser.one("#results").text
+    assert (
+        "mine to base" in browser.one("#results").text
+        and "annotator-1 and annotator-2" in browser.one("#results").text
+    )
+    assert "annotator-1: mine to base" in browser.one("#results").text
     browser.look(375, 812, "dark")
     assert browser.run("return document.documentElement.scrollWidth") == 375
-    browser.driver.get(f"{place}/label/bo")
+    browser.driver.get(f"{place}/label/annotator-2")
     ready(browser, 4)
     first, second = (image.rect for image in browser.all(".side img"))
     assert second["y"] >= first["y"] + first["height"] > first["y"] + 100
@@ -143,7 +147,7 @@ def test_a_killed_server_loses_no_vote(browser: Any, two_models: list[str], tmp_
     server, place = start("0")
     port = place.rstrip("/").rpartition(":")[2]
     try:
-        browser.open(f"{place}label/anna")
+        browser.open(f"{place}label/annotator-1")
         ready(browser, 0)
         for done, key in enumerate("12", 1):
             browser.press(key)
@@ -166,7 +170,7 @@ def test_a_killed_server_loses_no_vote(browser: Any, two_models: list[str], tmp_
         browser.wait(lambda: browser.one("#trouble").is_displayed())
         browser.driver.get("about:blank")
         server, _ = start(port)
-        browser.open(f"{place}label/anna")
+        browser.open(f"{place}label/annotator-1")
         ready(browser, 4)
         assert [vote for _, vote in votes(out)][2:] == ["tie", "skip"]
         server.send_signal(signal.SIGTERM)

@@ -52,13 +52,13 @@ def ask(session: Session, served: Callable[[Any], str]) -> Ask:
 def test_votes_are_in_the_pairs_own_order(ask: Ask, session: Session, items: list[Item]) -> None:
     by_id = {item.id: item for item in items}
     lefts = []
-    while (state := ask("/api/label/anna")[2])["item"]:
+    while (state := ask("/api/label/annotator-1")[2])["item"]:
         shown = state["item"]
         picture = ask(shown["left"])[2]
         lefts.append([image.read() for image in by_id[shown["id"]].images].index(picture))
-        status, _, answer = ask("/api/label/anna/vote", {"item": shown["id"], "choice": "left"})
+        status, _, answer = ask("/api/label/annotator-1/vote", {"item": shown["id"], "choice": "left"})
         assert status == 200 and answer["undo"] == shown["id"]
-        assert session.journal.votes["anna"][shown["id"]] == ("first", "second")[lefts[-1]]
+        assert session.journal.votes["annotator-1"][shown["id"]] == ("first", "second")[lefts[-1]]
     assert len(lefts) == 5 and state["done"] == state["total"] == 5
 
 
@@ -75,42 +75,44 @@ def test_every_annotator_has_an_order_and_sides_of_their_own(items: list[Item], 
 
 
 def test_undo_shows_the_pair_again(ask: Ask, session: Session) -> None:
-    first = ask("/api/label/anna")[2]["item"]
-    second = ask("/api/label/anna/vote", {"item": first["id"], "choice": "tie"})[2]["item"]
+    first = ask("/api/label/annotator-1")[2]["item"]
+    second = ask("/api/label/annotator-1/vote", {"item": first["id"], "choice": "tie"})[2]["item"]
     assert second["id"] != first["id"]
-    back = ask("/api/label/anna/undo", {"item": first["id"]})[2]
+    back = ask("/api/label/annotator-1/undo", {"item": first["id"]})[2]
     assert back["item"] == first and back["next"] == second and back["done"] == 0 and back["undo"] is None
-    assert ask("/api/label/anna/undo", {"item": first["id"]})[2] == back, "an answer that got lost is asked for again"
-    assert session.journal.votes["anna"] == {}
+    assert ask("/api/label/annotator-1/undo", {"item": first["id"]})[2] == back, (
+        "an answer that got lost is asked for again"
+    )
+    assert session.journal.votes["annotator-1"] == {}
 
 
 def test_what_is_wrong_is_said_and_nothing_is_written(ask: Ask, session: Session) -> None:
-    item = ask("/api/label/anna")[2]["item"]["id"]
+    item = ask("/api/label/annotator-1")[2]["item"]["id"]
     for path, body, words in (
-        ("/api/label/anna/vote", {"item": item, "choice": "both"}, "no choice"),
-        ("/api/label/anna/vote", {"item": "gone", "choice": "left"}, "load the page again"),
-        ("/api/label/anna/vote", {"item": item}, "lacks 'choice'"),
+        ("/api/label/annotator-1/vote", {"item": item, "choice": "both"}, "no choice"),
+        ("/api/label/annotator-1/vote", {"item": "gone", "choice": "left"}, "load the page again"),
+        ("/api/label/annotator-1/vote", {"item": item}, "lacks 'choice'"),
         ("/api/label/%3Cb%3E/vote", {"item": item, "choice": "left"}, "a name has"),
-        ("/api/label/anna/undo", [], "must be an object"),
+        ("/api/label/annotator-1/undo", [], "must be an object"),
     ):
         status, _, answer = ask(path, body)
         assert status == 400 and words in answer["error"]
-    assert ask("/api/label/anna/vote", {"item": "x" * 20_000, "choice": "left"})[0] == 413
+    assert ask("/api/label/annotator-1/vote", {"item": "x" * 20_000, "choice": "left"})[0] == 413
     assert ask("/image/nothing")[0] == 404 and ask("/static/..%2Fserver.py")[0] == 404
     assert session.journal.votes == {}
 
 
 def test_other_pages_and_other_names_of_this_machine_are_refused(ask: Ask, session: Session) -> None:
-    item = ask("/api/label/anna")[2]["item"]["id"]
+    item = ask("/api/label/annotator-1")[2]["item"]["id"]
     vote = {"item": item, "choice": "left"}
-    assert ask("/api/label/anna/vote", vote, Origin="http://evil.example")[0] == 403
-    assert ask("/api/label/anna/vote", vote, Origin="null")[0] == 403
-    assert ask("/api/label/anna/vote", vote, Content_Type="text/plain")[0] == 415
+    assert ask("/api/label/annotator-1/vote", vote, Origin="http://evil.example")[0] == 403
+    assert ask("/api/label/annotator-1/vote", vote, Origin="null")[0] == 403
+    assert ask("/api/label/annotator-1/vote", vote, Content_Type="text/plain")[0] == 415
     assert ask("/api/start", None, Host="evil.example:80")[0] == 403
     assert ask("/api/start", None, Host="127.0.0.1.evil.example")[0] == 403
     assert session.journal.votes == {}
     assert ask("/api/start", None, Host="localhost:9999")[0] == 200, "a tunnel has another port"
-    assert ask("/api/label/anna/vote", vote, Host="localhost:9999", Origin="http://localhost:9999")[0] == 200
+    assert ask("/api/label/annotator-1/vote", vote, Host="localhost:9999", Origin="http://localhost:9999")[0] == 200
     _, headers, _ = ask("/")
     assert (
         "default-src 'none'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
@@ -118,8 +120,8 @@ def test_other_pages_and_other_names_of_this_machine_are_refused(ask: Ask, sessi
 
 
 def test_results_are_served(ask: Ask) -> None:
-    item = ask("/api/label/anna")[2]["item"]["id"]
-    ask("/api/label/anna/vote", {"item": item, "choice": "right"})
+    item = ask("/api/label/annotator-1")[2]["item"]["id"]
+    ask("/api/label/annotator-1/vote", {"item": item, "choice": "right"})
     results = ask("/api/results")[2]
-    assert results["win_rates"][0]["n"] == 1 and sum(results["counts"]["anna"].values()) == 1
-    assert ask("/api/start")[2]["annotators"] == [{"name": "anna", "done": 1, "total": 5}]
+    assert results["win_rates"][0]["n"] == 1 and sum(results["counts"]["annotator-1"].values()) == 1
+    assert ask("/api/start")[2]["annotators"] == [{"name": "annotator-1", "done": 1, "total": 5}]

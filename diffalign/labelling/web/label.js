@@ -190,6 +190,8 @@ async function showResults() {
   const heads = ["", "share", "", "95 % interval", "pairs"];
   const counts = Object.entries(results.counts);
   part("People prefer", heads, results.win_rates.map((row) => rated(`${row.model} to ${row.against}`, row)));
+  const own = results.by_annotator.map((row) => rated(`${row.annotator}: ${row.model} to ${row.against}`, row));
+  part("Each annotator prefers", heads, own);
   part("Rewards agree with people", heads, Object.entries(results.agreement).map((entry) => rated(...entry)));
   const between = results.between.map((row) => [row.annotators.join(" and "), percent(row.share), row.n]);
   part("People agree with each other", ["", "share", "pairs"], between);
