@@ -7,6 +7,7 @@ equal parts, one for each process. So the images of a step are the same for ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,33 +62,30 @@ class Arithmetic:
     def check(self) -> None:
         """Raise a UserError where the numbers do not go into each other, with the nearest that do."""
         if self.groups % self.updates:
-            near = max(self.updates, round(self.groups / self.updates) * self.updates)
             raise UserError(
                 f"num_prompts_per_rollout {self.groups} cannot be cut into num_updates_per_rollout {self.updates} "
-                f"equal shares: use num_prompts_per_rollout {near}."
+                f"equal shares: use num_prompts_per_rollout {self._nearest()}."
             )
-        unit = self.world_size * self.micro_batch
-        if self.images_per_step % unit:
-            prompts = self._nearest(unit)
+        if self.images_per_step % (self.world_size * self.micro_batch):
+            whole = not self.images_per_step % self.world_size
+            batch = f", or train_batch_size {self._largest_divisor()}" if whole else ""
             raise UserError(
                 f"{self.images_per_step} images per update ({self.groups} prompts x {self.images_per_group} images / "
                 f"{self.updates} updates) cannot be cut into micro-batches of {self.micro_batch} on {self.world_size} "
-                f"process(es). Use num_prompts_per_rollout {prompts}, or train_batch_size "
-                f"{self._largest_divisor(self.images_per_step // self.world_size)}."
+                f"process(es). Use num_prompts_per_rollout {self._nearest()}{batch}."
             )
 
-    def _nearest(self, unit: int) -> int:
-        fits = (
-            groups
-            for groups in sorted(
-                range(1, 2 * self.groups + unit * self.updates + 1), key=lambda g: abs(g - self.groups)
-            )
-            if not groups % self.updates and not groups // self.updates * self.images_per_group % unit
-        )
-        return next(fits)
+    def _nearest(self) -> int:
+        """The number of prompts nearest to the one asked for that goes into everything; of two, the larger."""
+        unit = self.world_size * self.micro_batch
+        # An update has a multiple of unit / gcd(unit, images of a prompt) prompts.
+        step = self.updates * (unit // math.gcd(unit, self.images_per_group))
+        return max(1, (2 * self.groups + step) // (2 * step)) * step
 
-    def _largest_divisor(self, images: int) -> int:
-        return next((size for size in range(min(self.micro_batch, images), 0, -1) if not images % size), 1)
+    def _largest_divisor(self) -> int:
+        """The largest micro-batch up to the one asked for that the images of an update can be cut into."""
+        images = self.images_per_step // self.world_size
+        return next(size for size in range(min(self.micro_batch, images), 0, -1) if not images % size)
 
     def whole_groups(self) -> bool:
         """Whether every group's images are drawn by one process, as rewards that judge a group as a whole need."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -21,23 +23,46 @@ def test_the_arithmetic_of_a_rollout() -> None:
 
 
 def test_prompts_that_do_not_go_into_the_updates_are_refused_with_the_nearest_number_that_does() -> None:
-    with pytest.raises(UserError, match="use num_prompts_per_rollout 4"):
+    with pytest.raises(UserError, match="use num_prompts_per_rollout 6"):
         replace(SIZES, groups=5).check()
 
 
-def test_images_that_do_not_go_into_micro_batches_are_refused_with_what_would() -> None:
-    wrong = replace(SIZES, micro_batch=4)
-    with pytest.raises(UserError, match=r"num_prompts_per_rollout (\d+), or train_batch_size (\d+)") as error:
-        wrong.check()
-    prompts, batch = _numbers(str(error.value))
-    replace(wrong, groups=prompts).check()
-    replace(wrong, micro_batch=batch).check()
+def fits(sizes: Arithmetic) -> bool:
+    try:
+        sizes.check()
+    except UserError:
+        return False
+    return True
 
 
-def _numbers(message: str) -> tuple[int, int]:
-    tail = message.partition("Use num_prompts_per_rollout ")[2]
-    prompts, _, rest = tail.partition(", or train_batch_size ")
-    return int(prompts), int(rest.rstrip("."))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("images_per_group", [2, 3, 8])
+def test_what_is_said_in_place_of_sizes_that_do_not_fit_does_and_is_nearest(
+    world_size: int, images_per_group: int
+) -> None:
+    refused = 0
+    for groups, updates, micro_batch in product(range(1, 14), (1, 2, 3), (1, 4, 6)):
+        wrong = replace(
+            SIZES,
+            groups=groups,
+            images_per_group=images_per_group,
+            updates=updates,
+            micro_batch=micro_batch,
+            world_size=world_size,
+        )
+        if fits(wrong):
+            continue
+        refused += 1
+        with pytest.raises(UserError) as error:
+            wrong.check()
+        numbers = {name: int(value) for name, value in re.findall(r"[Uu]se (num_\w+) (\d+)", str(error.value))}
+        near = numbers["num_prompts_per_rollout"]
+        assert fits(replace(wrong, groups=near))
+        off = abs(near - groups)
+        assert not any(fits(replace(wrong, groups=g)) for g in range(max(1, groups - off + 1), groups + off))
+        for batch in map(int, re.findall(r"or train_batch_size (\d+)", str(error.value))):
+            assert fits(replace(wrong, micro_batch=batch))
+    assert refused
 
 
 @pytest.mark.parametrize("rollout", [0, 3])
