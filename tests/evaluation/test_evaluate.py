@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import UserError
@@ -14,6 +17,7 @@ from diffalign.evaluation.eval_config import EvalConfig
 from diffalign.evaluation.evaluate import run_eval
 from diffalign.evaluation.folder import read_rows
 from diffalign.rewards import register, registry
+from diffalign.rewards.lpips import LPIPSDiversity
 
 SCORED: list[str] = []
 KILL_AFTER: list[int] = []
@@ -215,3 +219,50 @@ def test_rewards_of_a_run_are_known_to_be_trained_on(
     (run / "config.yaml").write_text("rewards: [red, {reward: blue, eval_only: true}]\n")
     asked = config(tiny_sdxl_path, scratch / "out", str(run))
     assert asked.roles(list(asked.variants().values())) == {"red": "trained on", "blue": "held out"}
+
+
+def test_diversity_by_lpips_too_and_realism_by_a_clip(
+    tiny_sdxl_path: str, lora_paths: list[str], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics")
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setenv("TORCH_HOME", str(scratch / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    weights = LPIPSDiversity("squeeze").weights_file()[1]
+    weights.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), weights)
+    (scratch / "real").mkdir()
+    for shade in (0, 90, 200):
+        Image.new("RGB", (32, 32), (shade, 40, 80)).save(scratch / "real" / f"{shade}.png")
+    more = {"lpips": "squeeze", "diversity": "shapes-clip", "reference_features": "shapes-clip"}
+    asked = config(tiny_sdxl_path, scratch / "out", lora_paths[0], reference_images=str(scratch / "real"), **more)
+    result = run_eval(asked)
+    assert result is not None
+    for row in read_rows(scratch / "out" / "diversity.jsonl"):
+        assert row["distance"] >= 0 and 1 <= row["vendi"] <= 2.001 and row["lpips"] > 0
+    assert all(model["fid"] > 0 and "kid" in model for model in result.summary["models"])
+    assert set(result.summary["diversity"][0]["changes"]) == {"distance", "lpips"}
+    assert {(f["x"], f["y"]) for f in result.summary["fronts"]} > {("diversity", "realism (-KID)")}
+    weights.unlink()
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no"))
+    )
+    asked.output_dir = str(scratch / "never")
+    with pytest.raises(UserError, match="put it at"):
+        run_eval(asked)
+    assert not (scratch / "never").exists(), "it is said before anything is drawn"
+
+
+def test_checkpoints_of_a_run_are_known_as_such(tiny_sdxl_path: str, lora_paths: list[str], scratch: Path) -> None:
+    folders = [scratch / "run" / f"checkpoint-{step}" for step in (20, 100)]
+    for folder in folders:
+        shutil.copytree(lora_paths[0], folder)
+    asked = config(tiny_sdxl_path, Path("out"), "", models=[*map(str, folders), f"both={folders[0]}+{folders[1]}"])
+    found = {v.model: (v.run, v.trained) for v in asked.variants()}
+    run = str(scratch / "run")
+    assert found == {
+        "base": ("", None),
+        "run/checkpoint-20": (run, 20),
+        "run/checkpoint-100": (run, 100),
+        "both": ("", None),
+    }
