@@ -41,9 +41,9 @@ def calibrate(results: Path, out: Path = CALIBRATION) -> list[str]:
         if record.get("card") == "CPU":
             continue
         card = find_card(record["card"]).name
-        found = [_ratios(row, record, card) for row in record["rows"] if _usable(row)]
-        ratios.setdefault(card, []).extend(pair for pair in found if pair is not None)
-    ratios = {card: found for card, found in ratios.items() if found}
+        pairs = [_ratios(row, record, card) for row in record["rows"] if _usable(row)]
+        ratios.setdefault(card, []).extend(pair for pair in pairs if pair is not None)
+    ratios = {card: pairs for card, pairs in ratios.items() if pairs}
     if not ratios:
         raise UserError(f"{results}: no row of an eager run on a card that `--card list` knows")
     values = json.loads(out.read_text(encoding="utf-8"))

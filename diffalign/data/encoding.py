@@ -55,7 +55,7 @@ def picture_key(content: str, placement: Placement) -> str:
     return digest(content, placement.key)
 
 
-def chunk_size(height: int, width: int) -> int:
+def images_at_once(height: int, width: int) -> int:
     """Pictures of one size that the VAE sees at once: SDXL's takes 2.5 GB for each of 1024 x 1024."""
     return max(1, _PIXELS_AT_ONCE // (height * width))
 
@@ -100,7 +100,7 @@ def encode_pictures(
         jobs: pictures that are not in the store.
         fetch: the record at an index, called from several threads.
         dtype: in which latents are stored.
-        batch_size: pictures encoded at once; fewer where they are large, see :func:`chunk_size`.
+        batch_size: pictures encoded at once; fewer where they are large, see :func:`images_at_once`.
 
     Returns:
         (key, reason) of every picture that turned out to be damaged.
@@ -137,7 +137,7 @@ def encode_pictures(
             else:
                 batch = waiting.setdefault(job.placement.target, [])
                 batch.append((job, name, pixels))
-                if len(batch) >= min(batch_size, chunk_size(*job.placement.target)):
+                if len(batch) >= min(batch_size, images_at_once(*job.placement.target)):
                     encode(waiting.pop(job.placement.target))
             bar.update()
         for batch in waiting.values():

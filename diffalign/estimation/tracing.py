@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.data.encoding import images_at_once
 from diffalign.diffusion.error import per_sample_mse
 from diffalign.estimation.meter import Autocast, Cost, Device, Meter, weights
 from diffalign.estimation.work import Model, Pass
@@ -57,9 +58,11 @@ class Networks:
         modules = {"denoiser": [self.denoiser], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}
         return sum(t.numel() * t.element_size() for t in weights(*modules[part]) if not t.requires_grad)
 
-    def size(self, model: Model) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
+    def size(self, model: Model, native: bool = False) -> tuple[int, int]:
+        """Height and width of the images, in pixels; ``native`` are those the checkpoint was made for."""
         side = self.family.default_resolution
+        if native:
+            return side, side
         return model.height or side, model.width or side
 
     def checkpoint(self, blocks: tuple[str, ...] | None, autocast: Autocast) -> None:
@@ -147,7 +150,10 @@ def trace(model: Model, what: Pass, device: Device = "cuda") -> Cost:
         UserError: the model's configs cannot be had.
     """
     found = networks(model)
-    call, modules, inputs = found.run(what, *found.size(model))
+    height, width = found.size(model, what.native)
+    if what.split:
+        what = replace(what, samples=min(what.samples, images_at_once(height, width)))
+    call, modules, inputs = found.run(what, height, width)
     for module in modules:
         module.train(what.grad)
     given = [*weights(*modules), *inputs, *(p.grad for m in modules for p in m.parameters() if p.grad is not None)]

@@ -56,6 +56,8 @@ class Pass:
         grad: a backward pass follows.
         adapters: the LoRA is on.
         autocast: autocast is on, where the run has it.
+        native: at the size that the checkpoint was made for, whatever size is trained.
+        split: where images are large, fewer go at once (:func:`diffalign.data.encoding.images_at_once`).
         held: how many of these passes keep their activations at the same time.
     """
 
@@ -66,6 +68,8 @@ class Pass:
     grad: bool = False
     adapters: bool = True
     autocast: bool = True
+    native: bool = False
+    split: bool = False
     held: int = 1
 
 

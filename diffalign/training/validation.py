@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from diffalign.data.encoding import images_at_once
 from diffalign.evaluation.draw import is_flat, sample_images, warn_of_flat
 from diffalign.evaluation.page import make_grid
 from diffalign.pipelines import Family
@@ -57,17 +59,32 @@ def draw_images(
     pipe.register_modules(**{family.denoiser_part: denoiser})
     if sampling.scheduler:
         pipe.scheduler = make_scheduler(sampling.scheduler, family.scheduler_config, **sampling.options)
-    images = sample_images(
-        pipe,
-        prompts,
-        seeds,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        batch_size=batch_size,
-    )
+    side = family.default_resolution
+    with _sliced(pipe.vae, batch_size > images_at_once(side, side)):
+        images = sample_images(
+            pipe,
+            prompts,
+            seeds,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            batch_size=batch_size,
+        )
     del pipe
     family.free(*(family.loaded - kept))
     return images
+
+
+@contextmanager
+def _sliced(vae: Any, sliced: bool) -> Iterator[None]:
+    """Inside, the VAE decodes images one by one if asked: decoding must not need more memory than training."""
+    if not sliced:
+        yield
+        return
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.disable_slicing()
 
 
 class Validation:

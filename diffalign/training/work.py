@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from diffalign.data.encoding import chunk_size
 from diffalign.data.geometry import Geometry
 from diffalign.estimation.work import Model, Part, Pass, Phase, RewardModel, Work
 from diffalign.rewards import registry
@@ -20,7 +19,8 @@ _DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
 _VAE_AND_TEXT: frozenset[Part] = frozenset({"vae", "text_encoders"})
 _ALL: frozenset[Part] = frozenset({"denoiser", "vae", "text_encoders"})
-_PROMPTS_AT_ONCE = 64
+# As build_cache does.
+_PICTURES_AT_ONCE, _PROMPTS_AT_ONCE = 8, 64
 
 
 def model_of(config: TrainingConfig) -> Model:
@@ -113,8 +113,8 @@ def finish(
         guided = 2 if config.validation_guidance_scale != 1 else 1
         size = config.train_batch_size
         passes = (
-            Pass("draw", "denoiser", size * guided),
-            Pass("decode", "vae_decoder", size),
+            Pass("draw", "denoiser", size * guided, native=True),
+            Pass("decode", "vae_decoder", size, native=True, split=True),
         )
         phases = [*phases, Phase("validation", passes, _ALL, in_step=False)]
     return Work(
@@ -132,8 +132,7 @@ def finish(
 
 def _caching(model: Model, config: Any) -> Phase:
     """Latents and embeddings, before the denoiser is loaded."""
-    height, width = model.height or 1024, model.width or 1024
-    passes = [Pass("encode images", "vae_encoder", chunk_size(height, width), autocast=False)]
+    passes = [Pass("encode images", "vae_encoder", _PICTURES_AT_ONCE, autocast=False, split=True)]
     if not config.train_text_encoder:
         passes.append(Pass("encode prompts", "text_encoders", _PROMPTS_AT_ONCE, autocast=False))
     return Phase("caching", tuple(passes), _VAE_AND_TEXT, in_step=False, before_training=True)
