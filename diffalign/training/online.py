@@ -116,6 +116,10 @@ class OnlineBatches(Batches[OnlineBatch]):
             epoch, update = divmod(within, arithmetic.updates)
             yield from self._micro_batches(self.current, update, epoch, fresh=within == 0)
 
+    def trial(self) -> tuple[OnlineBatch, str]:
+        batch = self.trainer.trial_batch()
+        return batch, f"{batch.latents.shape[-2]} x {batch.latents.shape[-1]} latents"
+
     def _micro_batches(self, drawn: Rollout, update: int, epoch: int, *, fresh: bool) -> Iterator[OnlineBatch]:
         arithmetic = self.trainer.arithmetic
         for rows in self.order.share(drawn.draws, update).split(arithmetic.micro_batch):
@@ -203,6 +207,9 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
                 images = self.decode(parts[-1].latents)
                 chosen = [prompts[i] for i in rows.tolist()]
                 jobs.append(pool.submit(self.scorer.score, images, chosen, draws.groups[rows]))
+                for job in jobs:
+                    if job.done():
+                        job.result()  # A reward that failed ends the run now, not when all is drawn.
             sampling = time.perf_counter() - start
             scored = Scored.cat([job.result() for job in jobs])
         drawn = Rollout(number, draws, prompts, text, Trajectory.cat(parts), scored)
@@ -216,6 +223,22 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
             "reward_seconds": scored.seconds,
         }
         return drawn
+
+    def trial_batch(self) -> OnlineBatch:
+        """A micro-batch of images that are drawn, decoded and scored as those of a rollout are, for a trial.
+
+        As many are drawn at once as in a rollout; what their advantages are does not matter.
+        """
+        draws = self.batches.order.draws(0, self.accelerator.process_index)
+        rows = torch.arange(min(self.config.rollout_batch_size, len(draws)))
+        prompts = [self.prompts[i] for i in draws.prompts[rows].tolist()]
+        text = self.encode([prompt.text for prompt in prompts])
+        with self.drawing(), self.policy.evaluating(), self.accelerator.autocast():
+            part = self._draw(draws, text, rows, self._kept_steps(0))
+            scored = self.scorer.score(self.decode(part.latents), prompts, draws.groups[rows])
+        scored.total = scored.advantages = scored.weight = torch.ones(len(rows))
+        micro = torch.arange(self.arithmetic.micro_batch) % len(rows)
+        return self.batch(Rollout(0, draws, prompts, text, part, scored), micro, (0, 0, 0), fresh=True)
 
     def drawing(self) -> AbstractContextManager[Any]:
         """Whose weights draw rollouts: the policy's, or one of its copies."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,35 @@ def test_a_signal_between_updates_waits_for_the_end_of_the_rollout(online_settin
 def test_a_reward_that_fails_ends_the_run_and_says_which(online_settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="the scorer is down"):
         run("ddpo", online_settings(rewards=[f"{tmp_path}/rewards.py:broken"]))
+
+
+def test_a_reward_that_fails_ends_the_drawing(
+    online_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_class, trainer_class = load_method("ddpo")
+    own = {"rewards": [f"{tmp_path}/rewards.py:broken"], "num_prompts_per_rollout": 4}
+    trainer = trainer_class(config_class(**online_settings(**own)))
+    draw, drawn, scoring = trainer._draw, [], threading.Event()
+    score = trainer.scorer.score
+
+    def failing(*args: Any) -> Any:
+        try:
+            return score(*args)
+        finally:
+            scoring.set()
+
+    def counted(*args: Any) -> Any:
+        drawn.append(args)
+        if len(drawn) > 1:
+            scoring.wait(30)
+            time.sleep(0.1)  # Until the job has said that it is done.
+        return draw(*args)
+
+    monkeypatch.setattr(trainer.scorer, "score", failing)
+    monkeypatch.setattr(trainer, "_draw", counted)
+    with pytest.raises(RewardError, match="the scorer is down"):
+        trainer.train()
+    assert len(drawn) < 4
 
 
 def test_over_optimisation_ends_the_run_and_the_best_policy_is_kept(online_settings: Settings, tmp_path: Path) -> None:
