@@ -5,6 +5,7 @@ Columns are models, each at every guidance, number of steps and LoRA scale that 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from diffalign.config import command_line, field
 from diffalign.errors import UserError
 from diffalign.evaluation.comparisons import Variant, column_names, rivals
+from diffalign.evaluation.examples import spread
 from diffalign.evaluation.folder import Case, SampleFolder, read_rows, write_rows
 from diffalign.evaluation.html import page_of_rows, write_page
 from diffalign.evaluation.judging import Judge
@@ -28,6 +30,11 @@ from diffalign.evaluation.sweep import SweepConfig, folder_names
 __all__ = ["GridConfig", "GridResult", "make_grid", "run_grid"]
 
 Floats = NDArray[np.float64]
+_PICKED = {
+    "first": "the first {shown} of {total} images of each model",
+    "random": "{shown} of {total} images of each model, drawn at random with seed {seed}",
+    "spread": "{shown} of {total} images of each model, evenly from the last column's largest gain to largest loss",
+}
 
 
 @dataclass(kw_only=True)
@@ -36,7 +43,12 @@ class GridConfig(SweepConfig):
 
     scorer: list[str] = field([], help="Rewards to score by, such as shapes-checker; the first marks the winners.")
     score_batch_size: int = field(32, help="Images scored at once; as many are scored again after a kill.")
-    rows: int = field(8, help="Rows to show, from the first; scores and win rates are over all images.")
+    rows: int = field(8, help="Rows to show; scores and win rates are over all images.")
+    pick: Literal["first", "random", "spread"] = field(
+        "first",
+        help="Which rows grid.png shows: the first, some drawn at random by seed, or evenly from the largest gain of "
+        "the last column to its largest loss. The picture says which.",
+    )
     cell: int | None = field(None, help="Longest side of a shown image in pixels. Default: its own, in 160 to 384.")
     title: str | None = field(None, help="Title of the grid.")
     font: str | None = field(None, help="Font file for the labels, for scripts that the built-in font lacks.")
@@ -55,6 +67,8 @@ class GridConfig(SweepConfig):
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.html_rows is not None and self.html_rows < 1:
             raise UserError(f"html_rows must be at least 1, got {self.html_rows}")
+        if self.pick == "spread" and not self.scorer:
+            raise UserError("--pick spread goes by gains: name a --scorer")
 
 
 @dataclass(frozen=True)
@@ -174,13 +188,25 @@ def _write_scores(
     write_rows(path, rows)
 
 
+def _picked(config: GridConfig, columns: _Columns, cases: Sequence[Case], result: GridResult) -> list[int]:
+    """Places of the cases that the picture shows."""
+    if config.pick == "random":
+        return sorted(random.Random(config.seed).sample(range(len(cases)), min(config.rows, len(cases))))
+    if config.pick == "first":
+        return list(range(min(config.rows, len(cases))))
+    scores, last = next(iter(result.scores.values())), len(columns.names) - 1
+    own, other = (scores[columns.names[k]] for k in (last, columns.against[last]))
+    return spread(own - other if last else own, config.rows)
+
+
 def _draw(config: GridConfig, columns: _Columns, cases: Sequence[Case], result: GridResult) -> None:
-    shown = cases[: config.rows]
+    places = _picked(config, columns, cases, result)
+    shown = [cases[k] for k in places]
     first = next(iter(result.scores), None)
     several = len({case.index for case in shown}) < len(shown)
     alone = several and len({case.index for case in cases}) == 1
     tables = {
-        name: [[float(by_column[column][k]) for column in columns.names] for k in range(len(shown))]
+        name: [[float(by_column[column][k]) for column in columns.names] for k in places]
         for name, by_column in result.scores.items()
     }
     for theme in ("light", "dark") if config.theme == "both" else (config.theme,):
@@ -194,7 +220,7 @@ def _draw(config: GridConfig, columns: _Columns, cases: Sequence[Case], result: 
             against=columns.against,
             column_notes=None if first is None else [_note(result, first, name) for name in columns.names],
             title=config.title or (cases[0].prompt if alone else None),
-            footer=_footer(config, columns, len(shown), len(cases), list(result.scores)),
+            footer=_footer(config, columns, _PICKED[config.pick], len(shown), len(cases), list(result.scores)),
             cell=config.cell,
             font=config.font,
             theme=theme,
@@ -214,7 +240,9 @@ def _write_html(config: GridConfig, columns: _Columns, cases: Sequence[Case], re
         notes=[] if first is None else [_note(result, first, name) for name in columns.names],
         against=columns.against,
         title=config.title or "Models side by side",
-        footer=_footer(config, columns, len(cases[: config.html_rows]), len(cases), list(result.scores)),
+        footer=_footer(
+            config, columns, _PICKED["first"], len(cases[: config.html_rows]), len(cases), list(result.scores)
+        ),
         command=command_line("diffalign grid", config),
     )
     write_page(result.page, page, config.html)
@@ -226,7 +254,7 @@ def _note(result: GridResult, scorer: str, model: str) -> str:
     return note if rate is None else f"{note}\nwins {rate.rate:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
 
 
-def _footer(config: GridConfig, columns: _Columns, shown: int, total: int, scorers: Sequence[str]) -> str:
+def _footer(config: GridConfig, columns: _Columns, picked: str, shown: int, total: int, scorers: Sequence[str]) -> str:
     row = next(iter(next(iter(columns.folders.values())).rows.values()))
     seeds = (
         ", ".join(map(str, config.seeds)) if config.seeds is not None else f"from {config.seed}, one for each image"
@@ -238,9 +266,8 @@ def _footer(config: GridConfig, columns: _Columns, shown: int, total: int, score
         *([f"guidance {row['guidance_scale']:g}"] if len(guidances) == 1 else []),
     ]
     parts[-1] += f", {row['width']}x{row['height']}, seeds {seeds}"
-    parts.append(
-        f"the first {shown} of {total} images of each model" if shown < total else f"all {total} images of each model"
-    )
+    some = picked.format(shown=shown, total=total, seed=config.seed)
+    parts.append(some if shown < total else f"all {total} images of each model")
     if scorers:
         rival = "the same settings of the first model" if columns.several_rivals else "the first column"
         by = scorers[0] if len(scorers) == 1 else f"{', '.join(scorers)}; winners, means and wins are by {scorers[0]}"

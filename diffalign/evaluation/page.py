@@ -300,7 +300,8 @@ class _Canvas:
         space = self.text.getlength("  ")
         width = sum(font.getlength(text) for text, _, font, _ in parts) + space * (len(parts) - 1)
         if name:
-            label = wrap(name, self.small, max(self.width - width - space, 1), 1)[0]
+            room = self.width + self.gap * 0.7 - width - space  # columns stand a gap apart
+            label = wrap(name, self.small, max(room, 1), 1)[0]
             parts.insert(0, (label, theme.muted, self.small, 0))
             width += self.small.getlength(label) + space
         left, y = self._corner(row, column)

@@ -130,7 +130,10 @@ def distributions(table: Sequence[Scores]) -> Figure | None:
 
 
 def pareto(fronts: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Each front over its two axes: points of one model joined, those of the front ringed and joined by a line."""
+    """Each front over its two axes: points of one model joined, those of the front ringed and joined by a line.
+
+    Small numbers are the scale of a LoRA, guidance and steps, whatever differs.
+    """
     shown = [front for front in fronts if len(front["points"]) > 1]
     if not shown:
         return None
@@ -142,6 +145,9 @@ def pareto(fronts: Sequence[Mapping[str, Any]]) -> Figure | None:
             xs, ys = zip(*points, strict=True)
             axis.plot(xs, ys, "o-", color=COLOURS[number % len(COLOURS)], markersize=4, linewidth=1,
                       label=_short(line))  # fmt: skip
+        for point in front["points"]:
+            axis.annotate(point["at"], (point["x"], point["y"]), (5, 5), textcoords="offset points", fontsize=7,
+                          color=MUTED)  # fmt: skip
         best = sorted((point["x"], point["y"]) for point in front["points"] if point["front"])
         axis.plot(*zip(*best, strict=True), "--", color=INK, linewidth=1, marker="o", markersize=9,
                   markerfacecolor="none", label="front")  # fmt: skip

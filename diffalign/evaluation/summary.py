@@ -217,11 +217,27 @@ def _front(variants: Sequence[Variant], x: str, y: str, points: Floats) -> dict[
     if known.any():
         front[known] = pareto_front(points[known])
     rows = [
-        {"model": v.name, "line": v.family or v.model, "x": float(a), "y": float(b), "front": bool(on)}
+        {
+            "model": v.name,
+            "line": v.family or v.model,
+            "at": _at(v, variants),
+            "x": float(a),
+            "y": float(b),
+            "front": bool(on),
+        }
         for v, (a, b), on, ok in zip(variants, points, front, known, strict=True)
         if ok
     ]
     return {"x": x, "y": y, "points": rows}
+
+
+def _at(variant: Variant, variants: Sequence[Variant]) -> str:
+    """What tells a variant from others of its line, in few letters."""
+    several = [
+        axis for axis in ("scale", "guidance", "steps") if len({getattr(v, axis) for v in variants} - {None}) > 1
+    ]
+    values = [getattr(variant, axis) for axis in several]
+    return ", ".join(f"{value:g}" for value in values if value is not None)
 
 
 def _sweep(table: Sequence[Scores], axis: Axis) -> list[dict[str, Any]]:

@@ -161,6 +161,25 @@ def test_rows_shown_are_the_first_and_scores_are_of_all(config: GridConfig, monk
     assert (rate.n, rate.prompts) == (6, 3), "images of one prompt are not independent"
 
 
+def test_which_rows_are_shown_is_said(config: GridConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        module,
+        "make_grid",
+        lambda images, rows, columns, **kw: given.update(rows=rows, **kw) or Image.new("RGB", (9, 9)),
+    )
+    result = run_grid(changed(config, models=config.models[:1], rows=2, pick="spread"))
+    assert result is not None
+    gains = result.scores["red"]["lora-0"] - result.scores["red"]["base"]
+    assert given["rows"] == [PROMPTS[int(np.argmax(gains))], PROMPTS[int(np.argmin(gains))]]
+    assert "2 of 3 images of each model, evenly from the largest gain" in given["footer"]
+    assert [row[1] - row[0] for row in given["scores"]] == pytest.approx([gains.max(), gains.min()])
+    run_grid(changed(config, models=config.models[:1], rows=2, pick="random", seed=0))
+    assert len(set(given["rows"])) == 2 and "drawn at random with seed 0" in given["footer"]
+    with pytest.raises(UserError, match="--scorer"):
+        changed(config, scorer=[], pick="spread")
+
+
 def test_without_a_scorer(config: GridConfig) -> None:
     result = run_grid(changed(config, scorer=[], models=[], base=True))
     assert result is not None and result.scores == {} and result.path.exists()

@@ -131,7 +131,8 @@ async function startJudging() {
 // Columns of numbers stand to the right.
 function table(heads, rows) {
   const cell = (tag, value, column) => {
-    const className = typeof rows[0][column] === "number" ? "number" : "";
+    const first = rows[0][column];
+    const className = typeof first === "number" ? "number" : first.className === "interval" ? "graph" : "";
     return element(tag, { className }, value instanceof Node ? value : String(value));
   };
   const line = (tag, values) => element("tr", {}, ...values.map((value, column) => cell(tag, value, column)));
