@@ -53,6 +53,8 @@ def words(settings: dict[str, Any]) -> list[str]:
     ("method", "own", "compared"),
     [
         ("dpo", {"beta_dpo": 500}, ("margin", "chosen_error")),
+        # Each image is recomputed within the backward pass, which must count as one for the exchange of gradients.
+        ("dpo", {"beta_dpo": 500, "two_pass_gradient": "true"}, ("margin", "chosen_error")),
         # kl is estimated on the images of both processes, or the losses would differ from the second step on.
         ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
         ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
