@@ -102,13 +102,14 @@ def test_the_gradient_of_the_loss_is_right_where_a_reward_is_missing() -> None:
 
 
 def test_without_beta_it_is_lcd_bit_for_bit(start: Start, tmp_path: Path) -> None:
-    plain = start("lcd", output_dir=str(tmp_path / "lcd")).train()
+    two: dict[str, Any] = {"max_train_steps": 2}
+    plain = start("lcd", output_dir=str(tmp_path / "lcd"), **two).train()
     for name, own in (("direct", {}), ("proxy", {**PROXY, "reward": "Blind"})):
-        guided = start(reward_scale=0.0, output_dir=str(tmp_path / name), **own).train()
+        guided = start(reward_scale=0.0, output_dir=str(tmp_path / name), **two, **own).train()
         for theirs, ours in zip(rows(plain), rows(guided), strict=True):
             assert all(ours[key] == value for key, value in theirs.items() if "second" not in key), name
         assert equal(weights(plain), weights(guided))
-    moved = start(reward_scale=1.0, output_dir=str(tmp_path / "moved")).train()
+    moved = start(reward_scale=1.0, output_dir=str(tmp_path / "moved"), **two).train()
     assert not equal(weights(plain), weights(moved))
 
 
@@ -145,7 +146,7 @@ def test_what_guides_it_comes_to_like_its_predictions(own: dict[str, Any], start
     def reward_after(beta: float) -> float:
         trainer: RGLCDTrainer = start(
             reward_scale=beta,
-            max_train_steps=5,
+            max_train_steps=4,
             train_batch_size=4,
             learning_rate=5e-3,
             output_dir=str(tmp_path / f"beta-{beta:g}"),
@@ -234,7 +235,7 @@ def test_an_image_that_cannot_be_scored_is_left_out(start: Start) -> None:
 
 
 def test_the_metrics_say_what_happened(start: Start, capsys: Any) -> None:
-    table = rows(start(reward="Blind", train_batch_size=9, reward_scale=1.0, **PROXY).train())
+    table = rows(start(reward="Blind", train_batch_size=9, max_train_steps=1, **PROXY).train())
     names = {"distillation", "proxy_reward", "reward", "reward_of_target", "reward_of_image", "proxy_loss"}
     assert names | {"proxy_accuracy", "proxy_grad_norm", "proxy_seconds"} <= table[0].keys()
     assert table[0]["loss"] == pytest.approx(table[0]["distillation"] - table[0]["proxy_reward"], abs=1e-5)
@@ -269,23 +270,24 @@ def test_impossible_settings_are_refused(start: Start) -> None:
 def test_a_run_resumed_is_the_run_that_was_not_stopped(start: Start, tmp_path: Path) -> None:
     own: dict[str, Any] = {
         **PROXY,
-        "max_train_steps": 4,
-        "checkpointing_steps": 2,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "heldout_prompts": "shapes-heldout",
         "num_heldout_prompts": 2,
-        "evaluation_steps": 2,
+        "evaluation_steps": 1,
         "evaluation_inference_steps": 1,
     }
     whole = start(output_dir=str(tmp_path / "whole"), **own).train()
     shutil.copytree(whole, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-2")
     again = start(output_dir=str(tmp_path / "again"), resume_from_checkpoint="latest", **own).train()
     for theirs, ours in zip(rows(whole), rows(again), strict=True):
         assert all(ours[key] == value for key, value in theirs.items() if "second" not in key)
     assert equal(weights(whole), weights(again))
     for name in ("proxy.safetensors", "policy.safetensors"):
-        assert equal(*(load_file(run / "checkpoint-4" / name) for run in (whole, again))), name
+        assert equal(*(load_file(run / "checkpoint-2" / name) for run in (whole, again))), name
     assert (whole / "heldout.jsonl").read_text() == (again / "heldout.jsonl").read_text()
     assert (whole / "best" / "step.json").is_file() and (whole / "heldout.jsonl").read_text().count("\n") == 3
 
