@@ -19,8 +19,9 @@ def rewards_tables(records: list[Record]) -> str:
         "## Learning from rewards on the shapes world",
         "",
         "Change of each score from the base model to the result, with its 95 % interval over prompts: "
-        f"{records[0]['heldout_images']} held-out prompts, one image each, drawn by plain diffusers. In bold the "
-        "reward that was trained. Images are those that the run drew to train on.",
+        f"{records[0]['heldout_images']} held-out prompts, one image each, drawn by plain diffusers at the "
+        "run's own guidance. In bold the reward that was trained. Images are those that the run drew to train on. "
+        f"{share(records)}",
         "",
         "| experiment | method | seed | images | checker | annotators | jpeg, kB | CLIP |",
         "|---|---|---|---|---|---|---|---|",
@@ -44,6 +45,15 @@ def rewards_tables(records: list[Record]) -> str:
         f"Machine: {first['machine']}. " + ", ".join(f"{k} {v}" for k, v in first["versions"].items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def share(records: Sequence[Record]) -> str:
+    """The largest share of a run's time that its reward took."""
+    known = [(r["reward_share"], r) for r in records if r["reward_share"] is not None]
+    if not known:
+        return ""
+    most, record = max(known, key=lambda pair: pair[0])
+    return f"Rewards take {most:.2%} of the time of steps at most (`{record['trained_reward']}`, {record['method']})."
 
 
 def row(record: Record) -> str:
@@ -81,7 +91,7 @@ def line(records: Sequence[Record], x: str, reward: str) -> Line:
 
 def picture(experiment: str, reward: str, records: Sequence[Record]) -> list[str]:
     """Writes the curves against images and against time; returns what shows them."""
-    axes = {"images": "images drawn", "seconds": "seconds of training steps"}
+    axes = {"images": "images drawn", "seconds": "processor seconds of training"}
     panels = [
         Panel(f"{reward}, held-out prompts", label, {m: line(g, x, reward) for m, g in by_method(records).items()})
         for x, label in axes.items()

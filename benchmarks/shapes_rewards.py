@@ -4,17 +4,19 @@
     python benchmarks/shapes_rewards.py --out benchmarks/results/shapes_rewards.json
     python benchmarks/shapes_rewards.py --experiments checker --methods awm ddpo --seeds 0 --out ...
 
-Three experiments, each a training run with the recipe ``shapes-<method>`` in a process of its own:
+Three experiments, each a training run with the recipe ``shapes-<method>``:
 
 checker  the reward is the checker (of reward-gradient, which needs a gradient, the bundled CLIP); the checker and the
          annotators judge
 jpeg     the reward is jpeg_compressibility; the checker judges
-hack     the same with AWM and a long run at a high learning rate, twice: with and without the early stop
+hack     the same with AWM, without a pull to the reference and with a higher learning rate, twice: with and without
+         the early stop
 
-A record has the curve of every reward on the run's held-out prompts, against images drawn and against the time of its
-steps (judging left out), and scores of other held-out prompts, drawn by plain diffusers with the base model and with
-the result. A record that is there is kept and its run not repeated; ``--again`` repeats it. Flags that are not known
-here go to training. ``python benchmarks/render_results.py`` makes the page and the picture.
+A record has the curve of every reward on the run's own held-out prompts (``shapes-validation``), against images drawn
+and against the processor time of its steps, which on one thread is the time that they take on an idle machine; and
+scores of the prompts that results are reported on, drawn by plain diffusers with the base model and with the result. A
+record that is there is kept and its run not repeated; ``--again`` repeats it. ``python benchmarks/render_results.py``
+makes the page and the pictures.
 """
 
 from __future__ import annotations
@@ -23,29 +25,30 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from shapes_methods import LIBRARIES
 from torchvision.transforms.functional import to_tensor
 
 from diffalign.app import console
-from diffalign.config import write_text
-from diffalign.data.prompts import read_prompts
+from diffalign.config import from_dict, load_yaml, write_text
 from diffalign.evaluation.shapes import draw, heldout_prompts
 from diffalign.evaluation.stats import paired_difference
+from diffalign.recipes import find
 from diffalign.rewards import load_reward
+from diffalign.trainers import load_method
 
 METHODS = ("ddpo", "rwr", "awm", "nft", "reward-gradient")
 JUDGES = ("shapes-checker", "shapes-annotator", "jpeg_compressibility", "shapes-clip")
-HACK = {"max_train_steps": 120, "learning_rate": 1e-3, "kl_beta": 0, "ema_beta": 0.1}
-"""What makes AWM over-optimise: no pull to the reference, a weak one to the slow copy, three times the step."""
+HACK = {"learning_rate": 5e-3, "kl_beta": 0.0, "ema_beta": 0.0, "evaluation_steps": 4}
+"""What makes AWM over-optimise: no pull to the reference or to the slow copy, and a larger step."""
 
 
 def main() -> None:
@@ -61,21 +64,25 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_rewards"), help="folder of the training runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file that the records are added to")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a record")
-    args, more = parser.parse_known_args()
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings than the recipe's")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    more = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in args.set)}
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    # The run's own held-out prompts choose nothing here, but what it is judged by at the end is yet others.
-    seen = {prompt.text for prompt in read_prompts("shapes-heldout")}
-    prompts = [prompt for prompt in heldout_prompts(args.images + len(seen)) if prompt not in seen][: args.images]
-    base: dict[str, np.ndarray] | None = None
+    prompts = heldout_prompts(args.images)
+    bases: dict[float, dict[str, np.ndarray]] = {}
     console.set_up()
     for experiment, method, seed in todo(args.experiments, args.methods, args.seeds):
         name = (experiment, method, seed)
         if name in map(key, records) and not args.again:
             print(*name, "has a record")
             continue
-        base = base if base is not None else score(prompts, None)
-        record = measure(experiment, method, seed, args.runs, prompts, base, more)
+        guidance = float({**load_yaml(find(recipe_of(method))), **more}["guidance_scale"])
+        if guidance not in bases:
+            bases[guidance] = score(prompts, None, guidance)
+        record = measure(experiment, method, seed, args.runs, prompts, guidance, bases[guidance], more)
         records = sorted([r for r in records if key(r) != name] + [record], key=key)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(records, indent=1) + "\n")
@@ -95,6 +102,11 @@ def key(record: dict[str, Any]) -> tuple[str, str, int]:
     return record["experiment"], record["method"], record["seed"]
 
 
+def recipe_of(method: str) -> str:
+    """The recipe that a method of the table is trained with."""
+    return f"shapes-{method.partition(', ')[0]}"
+
+
 def trained_reward(experiment: str, method: str) -> str:
     """The reward that a run learns from."""
     if method == "reward-gradient":
@@ -102,16 +114,36 @@ def trained_reward(experiment: str, method: str) -> str:
     return "shapes-checker" if experiment == "checker" else "jpeg_compressibility"
 
 
-def command_of(experiment: str, method: str, seed: int, run: Path, more: Sequence[str]) -> list[str]:
-    """The training run as a command."""
+def settings_of(experiment: str, method: str, seed: int, runs: Path, more: dict[str, Any]) -> dict[str, Any]:
+    """What is trained, and how, beside what the recipe says."""
     recipe, _, stopped = method.partition(", ")
     trained = trained_reward(experiment, recipe)
     judges = [name for name in JUDGES if name != trained] if experiment != "hack" else ["shapes-checker"]
-    rewards = [trained, *(f"{{reward: {name}, eval_only: true}}" for name in judges)]
-    own = {"seed": seed, "output_dir": run, **(HACK if experiment == "hack" else {})}
-    command = [sys.executable, "-m", "diffalign", "train", "--config", f"shapes-{recipe}", "--rewards", *rewards]
-    command += [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    return [*command, *(["--early_stop"] if stopped else []), "--overwrite_output_dir", *more]
+    return {
+        "rewards": [trained, *({"reward": name, "eval_only": True} for name in judges)],
+        **(HACK if experiment == "hack" else {}),
+        **({"early_stop": True} if stopped else {}),
+        "seed": seed,
+        "output_dir": str(runs / f"{experiment}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"),
+        **more,
+    }
+
+
+def train(recipe: str, settings: dict[str, Any]) -> Path:
+    """Run it; rows of its metrics have the processor time of each step, ``step_cpu_seconds``. Returns its folder."""
+    whole = load_yaml(find(recipe)) | settings | {"overwrite_output_dir": True, "checkpointing_steps": 0}
+    config_class, trainer_class = load_method(whole["method"])
+    trainer = trainer_class(from_dict(config_class, whole, recipe))
+    take = trainer.training_step
+
+    def timed(stream: Iterator[Any]) -> dict[str, float]:
+        start = time.process_time()
+        metrics: dict[str, float] = take(stream)
+        return {**metrics, "step_cpu_seconds": time.process_time() - start}
+
+    trainer.training_step = timed
+    folder: Path = trainer.train()
+    return folder
 
 
 def measure(
@@ -120,18 +152,19 @@ def measure(
     seed: int,
     runs: Path,
     prompts: list[str],
+    guidance: float,
     base: dict[str, np.ndarray],
-    more: Sequence[str],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """Train one method, draw, judge; returns the record."""
-    run = runs / f"{experiment}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"
-    command = command_of(experiment, method, seed, run, more)
-    subprocess.run(command, check=True)
+    start = time.process_time()
+    settings = settings_of(experiment, method, seed, runs, more)
+    run = train(recipe_of(method), settings)
     rows, judged = (
         [json.loads(line) for line in (run / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "heldout.jsonl")
     )
-    aligned = score(prompts, run)
+    aligned = score(prompts, run, guidance)
     changes = {name: paired_difference(aligned[name], base[name]) for name in JUDGES}
     return {
         "experiment": experiment,
@@ -142,19 +175,29 @@ def measure(
         "base": {name: round(float(base[name].mean()), 4) for name in JUDGES},
         "change": {name: [round(x, 4) for x in (d.mean, d.low, d.high)] for name, d in changes.items()},
         "heldout_images": len(prompts),
+        "guidance": guidance,
         "steps": rows[-1]["step"],
         "best_step": judged[-1]["best_step"],
         "images": int(rows[-1]["images"]),
         "group_distance": [rows[i].get("group_distance") for i in (0, -1)],
-        "command": "diffalign " + " ".join(f"'{w}'" if " " in w else w for w in command[3:]),
+        "reward_share": reward_share(rows),
+        "cpu_seconds": round(time.process_time() - start),
+        "settings": {name: value for name, value in settings.items() if name not in ("seed", "output_dir")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
+def reward_share(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Time in rewards over time in steps, both on the wall; None where a method does not tell them apart."""
+    rollouts = {row["rollout"]: row for row in rows if "rollout" in row}
+    spent = sum(row["reward_seconds"] for row in rollouts.values())
+    return round(spent / sum(row["step_seconds"] for row in rows), 4) if rollouts else None
+
+
 def curve(rows: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Means of every reward at each evaluation, with the images drawn and the seconds of steps until then."""
-    seconds = np.cumsum([row["step_seconds"] for row in rows])
+    """Means of every reward at each evaluation, with the images drawn and the time of steps until then."""
+    seconds = np.cumsum([row["step_cpu_seconds"] for row in rows])
     points = []
     for evaluation in judged:
         step = evaluation["step"]
@@ -166,9 +209,9 @@ def curve(rows: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]) -> l
     return points
 
 
-def score(prompts: list[str], run: Path | None) -> dict[str, np.ndarray]:
-    """Scores of every judge of one image a prompt, by the base model or by a run's result."""
-    images = draw(prompts, lora=run, progress=run.name if run else "base")
+def score(prompts: list[str], run: Path | None, guidance: float) -> dict[str, np.ndarray]:
+    """Scores of every judge of one image a prompt, by the base model or by a run's result, at the run's guidance."""
+    images = draw(prompts, lora=run, guidance=guidance, progress=run.name if run else "base")
     tensors = torch.stack([to_tensor(image) for image in images])
     return {name: load_reward(name)(tensors, prompts).rewards.double().numpy() for name in JUDGES}
 
