@@ -37,7 +37,11 @@ _LINE = re.compile(r"^# Estimated: .*\n(?:#   .*\n)?", re.MULTILINE)
 
 def sized() -> list[str]:
     """The training recipes that name a card."""
-    return [n for n in recipes.names() if _NAME.search(n) and load_yaml(recipes.find(n)).get("method") in METHODS]
+    return [
+        name
+        for name in recipes.names()
+        if _NAME.search(name) and "iterated" not in name and load_yaml(recipes.find(name)).get("method") in METHODS
+    ]
 
 
 def estimated(name: str) -> Estimate:
@@ -55,13 +59,15 @@ def line(name: str, found: Estimate) -> str:
 
 
 def with_line(text: str, line: str) -> str:
-    """A recipe's text with its line in place of an old one, or else before what one has to name."""
+    """A recipe's text with its line in place of an old one, or else before the last paragraph of its head, which says
+    how to run it."""
     if _LINE.search(text):
         return _LINE.sub(lambda _: line, text, count=1)
-    head, mark, rest = text.partition("#\n# Name your")
-    if not mark:
-        raise ValueError("no line '# Name your ...' to put the estimate before")
-    return f"{head}{line}{mark}{rest}"
+    comments, mark, settings = text.partition("\nmethod:")
+    head, gap, usage = comments.rpartition("\n#\n")
+    if not mark or not gap:
+        raise ValueError("no paragraphs of comments before 'method:' to put the estimate between")
+    return f"{head}\n{line}#\n{usage}{mark}{settings}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

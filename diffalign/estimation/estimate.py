@@ -16,6 +16,8 @@ from diffalign.estimation.tracing import networks, trace
 from diffalign.estimation.work import Pass, Phase, Work
 
 _FLOAT32 = 4
+_IDLE = {"vae", "text_encoders"}
+_PART_OF = {"vae_encoder": "vae", "vae_decoder": "vae", "text_encoders": "text_encoders"}
 # AdamW reads the weight, its gradient and two moments, and writes all but the gradient.
 _OPTIMIZER_TRAFFIC = 7 * _FLOAT32
 
@@ -129,10 +131,9 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
     trained = found.trained * _FLOAT32
     trains = any(one.grad for one in phase.passes)
     costs = [_trace(work, one, device) for one in phase.passes]
-    memory = {f"{part} weights": found.frozen_bytes(part) for part in sorted(phase.parts - {"rewards"})}
-    memory["reward weights"] = sum(
-        reward.weights for reward in work.rewards if "rewards" in phase.parts or not reward.offloaded
-    )
+    resident = phase.parts - {"rewards"} - (_IDLE if work.offload_idle else set())
+    memory = {f"{part} weights": found.frozen_bytes(part) for part in sorted(resident)}
+    memory["reward weights"] = _rewards(work, phase)
     if not phase.before_training:
         memory["trained weights"] = trained
         memory["optimiser state"] = found.trained * work.state_bytes
@@ -142,9 +143,9 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
     if trains:
         memory["gradients"] = trained
     peaks = [cost.peak + cost.saved * (one.held - 1) for cost, one in zip(costs, phase.passes, strict=True)]
-    if trains:
-        # Its foreach form makes one temporary number for each that trains.
-        peaks.append(trained if device == "cuda" else 0)
+    if work.offload_idle:
+        at_work = [found.frozen_bytes(_PART_OF[one.network]) if one.network in _PART_OF else 0 for one in phase.passes]
+        peaks = [peak + size for peak, size in zip(peaks, at_work, strict=True)]
     memory["activations" if trains else "work space"] = max(peaks, default=0)
     seconds: dict[str, float] = {}
     if phase.in_step and card.flops is not None and card.bandwidth is not None:
@@ -154,6 +155,13 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
             traffic = found.trained * _OPTIMIZER_TRAFFIC
             seconds["optimiser"] = traffic / (card.bandwidth * calibration.bandwidth_efficiency)
     return PhaseEstimate(phase.name, {name: size for name, size in memory.items() if size}, seconds)
+
+
+def _rewards(work: Work, phase: Phase) -> int:
+    """Bytes of reward models: those that stay, and the largest of those that come when they score."""
+    stay = sum(reward.weights for reward in work.rewards if not reward.offloaded)
+    come = [reward.weights for reward in work.rewards if reward.offloaded and not reward.judge]
+    return stay + (max(come, default=0) if "rewards" in phase.parts else 0)
 
 
 def _seconds(cost: Cost, card: Card, calibration: Calibration) -> float:

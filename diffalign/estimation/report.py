@@ -28,7 +28,7 @@ def one_line(found: Estimate) -> str:
     rate = found.samples_per_second
     if rate is None or found.step_seconds is None:
         return text
-    speed = f"{rate:.2f} {found.work.unit}s/s" if rate >= 0.1 else f"{1 / rate:.0f} s a {found.work.unit}"
+    speed = f"{rate:.2f} {found.work.unit}s/s" if rate >= 0.1 else f"{1 / rate:.0f} s for one {found.work.unit}"
     return f"{text}; {speed} on one {found.card.name}"
 
 

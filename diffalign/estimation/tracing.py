@@ -56,7 +56,11 @@ class Networks:
     def frozen_bytes(self, part: str) -> int:
         """Bytes of the weights of a part that do not train."""
         modules = {"denoiser": [self.denoiser], "vae": [self.vae], "text_encoders": list(self.text_encoders.values())}
-        return sum(t.numel() * t.element_size() for t in weights(*modules[part]) if not t.requires_grad)
+        size = sum(t.numel() * t.element_size() for t in weights(*modules[part]) if not t.requires_grad)
+        if part != "denoiser" or self.model.bits is None:
+            return size
+        linear = [m.weight for m in self.denoiser.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+        return size - sum(w.numel() * (8 * w.element_size() - self.model.bits) // 8 for w in linear)
 
     def size(self, model: Model, native: bool = False) -> tuple[int, int]:
         """Height and width of the images, in pixels; ``native`` are those the checkpoint was made for."""

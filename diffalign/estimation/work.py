@@ -21,6 +21,7 @@ class Model:
     Attributes:
         path, revision, vae, like: see :func:`diffalign.pipelines.skeleton.find_configs`.
         dtype: of the frozen weights.
+        bits: of the linear layers' frozen weights, where the base is quantised.
         autocast: the type of autocast; None is without.
         full: all weights of the denoiser train, in float32; else a LoRA.
         rank, targets: of the LoRA.
@@ -34,6 +35,7 @@ class Model:
     vae: str | None = None
     like: str | None = None
     dtype: torch.dtype = torch.float32
+    bits: int | None = None
     autocast: torch.dtype | None = None
     full: bool = False
     rank: int = 16
@@ -94,11 +96,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward: its name, bytes of its weights, and whether they leave the card when it does not score."""
+    """A reward.
+
+    Attributes:
+        name: of it.
+        weights: bytes.
+        offloaded: they leave the card when it does not score.
+        judge: it scores held-out images only, between steps.
+    """
 
     name: str
     weights: int
     offloaded: bool
+    judge: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Work:
         copies: slow copies of the trained weights, an EMA included.
         state_bytes: of the optimiser for each trained number.
         rewards: models that score.
+        offload_idle: VAE and text encoders are on the card only while they work.
     """
 
     model: Model
@@ -126,3 +137,4 @@ class Work:
     copies: int = 0
     state_bytes: int = 8
     rewards: tuple[RewardModel, ...] = ()
+    offload_idle: bool = False

@@ -102,6 +102,14 @@ class TrainingConfig(RunConfig):
         False, help="Keep the VAE and the text encoders, where they are not cached away, on the CPU between uses."
     )
 
+    # Before the run
+    check_first: bool | None = field(
+        None,
+        help="Try one save, one validation image and one step at the largest shape before all else, so that running "
+        "out of memory happens in the first minute; the run stays the same. Default: on a GPU.",
+    )
+    dry_run: bool = field(False, help="Make only that trial, and end.")
+
     # What trains
     train_mode: Literal["lora", "full"] = field("lora", help="Train a LoRA, or all of the denoiser's weights.")
     train_text_encoder: bool = field(False, help="Train a LoRA on the text encoder(s) too (needs train_mode lora).")

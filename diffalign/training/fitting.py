@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from diffalign.errors import UserError
-from diffalign.estimation.cards import Calibration, Card
-from diffalign.estimation.estimate import Estimate, first_that_fits
+from diffalign.estimation.cards import Calibration, Card, load_calibration
+from diffalign.estimation.estimate import Estimate, estimate, first_that_fits
 from diffalign.estimation.work import Work
+from diffalign.training.work import model_of
 
 _RESOLUTIONS = (1024, 768, 512)
 
@@ -27,6 +31,38 @@ def what_would_fit(
     """
     return first_that_fits(
         ((name, work(changed)) for name, changed in alternatives(config)), card, calibration, limit=limit
+    )
+
+
+def explain(config: Any, work: Callable[[Any], Work], phase: str, device: torch.device) -> UserError:
+    """The error for a device that was too small for a config: what to change, by estimating it.
+
+    Args:
+        config, work: as for :func:`what_would_fit`.
+        phase: in which it ran out.
+        device: on which.
+    """
+    side = model_of(config)
+    size = f"{side.height} x {side.width}" if side.height else "the model's own size"
+    text = f"out of memory in {phase}: {config.train_batch_size} at once, {size} pixels, on {device}."
+    calibration = load_calibration()
+
+    def of_training(config: Any) -> Work:
+        whole = work(config)
+        return replace(whole, phases=tuple(phase for phase in whole.phases if not phase.before_training))
+
+    found = estimate(of_training(config), Card(str(device), float("inf")), calibration)
+    # Whatever the estimate says of these settings, they did not fit.
+    reserve = calibration.reserve_gib * 2**30
+    memory = reserve + 0.9 * (found.needed - reserve)
+    if device.type == "cuda":
+        memory = min(memory, torch.cuda.get_device_properties(device).total_memory)
+    options = what_would_fit(config, of_training, Card(str(device), memory), calibration)
+    settings = [f"{name} (about {other.needed / 2**30:.1f} GiB)" for name, other in options]
+    advice = f"Use {'; or '.join(settings)}." if settings else "Take a larger card, or fewer pixels."
+    return UserError(
+        f"{text} These settings are estimated to need {found.needed / 2**30:.1f} GiB, most of it in the phase "
+        f"{found.largest.name!r}. {advice} Close what else uses the card; `diffalign estimate` tells more."
     )
 
 
@@ -67,12 +103,17 @@ def _changes(config: Any) -> Iterator[dict[str, Any]]:
     yield from _smaller_batches(config)
     if getattr(config, "two_pass_gradient", True) is False:
         yield {"two_pass_gradient": True}
+    if not config.offload_idle and not getattr(config, "cache_latents", False):
+        yield {"offload_idle": True}
     if config.train_mode == "full":
         if config.optimizer == "adamw" and not config.use_8bit_adam:
             yield {"use_8bit_adam": True}
         yield {"train_mode": "lora", "use_8bit_adam": False}
     elif config.rank > 16:
         yield {"rank": 16}
+    if config.train_mode == "lora" and config.quantize_base == "none":
+        yield {"quantize_base": "8bit"}
+        yield {"quantize_base": "4bit"}
     side = config.resolution
     yield from ({"resolution": smaller} for smaller in _RESOLUTIONS if side is not None and smaller < side)
 

@@ -16,10 +16,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from diffalign.errors import UserError
+from diffalign.errors import DiffalignError, UserError
 from diffalign.estimation.work import Work
 from diffalign.pipelines import Family, load_family
 from diffalign.training.config import TrainingConfig
+from diffalign.training.dry_run import try_out
+from diffalign.training.fitting import explain
 from diffalign.training.model_card import write_model_card
 from diffalign.training.policy import Policy
 from diffalign.training.run_log import RunLog
@@ -134,6 +136,19 @@ class Trainer(StepLoop[Config, Batch]):
 
     def prepared(self) -> Sequence[nn.Module]:
         return list(self.policy.prepared.values())
+
+    def try_out(self) -> bool:
+        config = self.config
+        wanted = config.check_first if config.check_first is not None else self.accelerator.device.type == "cuda"
+        if wanted or config.dry_run:
+            said = try_out(self)
+            if self.accelerator.is_main_process:
+                print(said)
+        return config.dry_run
+
+    def out_of_memory(self, phase: str) -> DiffalignError:
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        return explain(self.config, lambda config: self.work(config, processes), phase, device)
 
     def at_start(self, log: RunLog) -> None:
         self._validate(log)

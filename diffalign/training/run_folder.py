@@ -47,6 +47,8 @@ _MAY_CHANGE_ON_RESUME = {
     "overwrite_output_dir",
     "max_train_steps",
     "report_to",
+    "check_first",
+    "dry_run",
 }
 
 

@@ -106,6 +106,15 @@ class SampleBatches(Batches[Batch]):
             first = (micro_batch * self.world_size + self.rank) * self.config.train_batch_size
             yield self.make_batch(items, self.sample_keys(items["id"].tolist(), step, first))
 
+    def trial(self) -> tuple[Batch, str]:
+        areas = [height * width for height, width in self.items.targets]
+        bucket = max(set(self.items.bucket_of), key=lambda number: areas[number])
+        own = [index for index, number in enumerate(self.items.bucket_of) if number == bucket]
+        chosen = [own[i % len(own)] for i in range(self.config.train_batch_size)]
+        items = collate([self.items[index] for index in chosen])
+        height, width = self.items.targets[bucket]
+        return self.make_batch(items, self.sample_keys(items["id"].tolist(), 0, 0)), f"{height} x {width} pixels"
+
     def sample_keys(self, ids: list[int], step: int, first: int) -> list[Key]:
         """What tells the samples of a micro-batch apart; ``first`` is the place in the step of the first of them."""
         return [(step, name) for name in ids]

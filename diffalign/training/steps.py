@@ -57,6 +57,10 @@ class Batches(ABC, Generic[Batch]):
     def stream(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """This process's micro-batches, ``gradient_accumulation_steps`` for each step, each a function of its step."""
 
+    def trial(self) -> tuple[Batch, str]:
+        """A micro-batch of the largest shape, for a trial, and that shape in words."""
+        return next(self.stream(0, 1)), "the size of the run"
+
 
 class Stopped(DiffalignError):
     """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
@@ -150,6 +154,8 @@ class StepLoop(ABC, Generic[Config, Batch]):
             Stopped: SIGTERM came; a checkpoint was saved.
             DiffalignError: too many non-finite steps in a row.
         """
+        if self.try_out():
+            return self.output_dir
         self._resume()
         log = RunLog(self.accelerator, self.config, self.output_dir, self.plan.steps, self.step)
         if self.accelerator.is_main_process:
@@ -161,6 +167,8 @@ class StepLoop(ABC, Generic[Config, Batch]):
                 self.before_training(log)
                 self._steps(log)
             return self._finish()
+        except torch.OutOfMemoryError as error:
+            raise self.out_of_memory(f"step {self.step + 1}") from error
         finally:
             log.close()
 
@@ -195,6 +203,17 @@ class StepLoop(ABC, Generic[Config, Batch]):
         """Whether any process was asked to stop; every process must ask at the same place."""
         flag = torch.tensor(float(self._stop_asked), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def try_out(self) -> bool:
+        """Called before all else: a trial of what the run will do, of which nothing stays. True ends the run here."""
+        return False
+
+    def out_of_memory(self, phase: str) -> DiffalignError:
+        """The error for a device that is too small, in some phase."""
+        return DiffalignError(
+            f"out of memory on {self.accelerator.device} in {phase}. Use a smaller train_batch_size with more "
+            "gradient_accumulation_steps, or gradient_checkpointing."
+        )
 
     def at_start(self, log: RunLog) -> None:
         """Called before the first step of a run; not where it resumes."""
@@ -328,6 +347,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
         }
 
     def _write_state(self, folder: Path) -> None:
+        """Write all that a checkpoint holds but its counters."""
         self.save_weights(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(self.schedule.state_dict(), folder / "scheduler.pt")

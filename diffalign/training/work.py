@@ -33,6 +33,7 @@ def model_of(config: TrainingConfig) -> Model:
         revision=config.revision,
         vae=config.pretrained_vae_model_name_or_path,
         dtype=torch.float32 if full or precision is None else precision,
+        bits={"none": None, "8bit": 8, "4bit": 4}[config.quantize_base],
         autocast=precision,
         full=full,
         rank=config.rank,
@@ -64,7 +65,14 @@ def rewards_of(config: Any) -> tuple[RewardModel, ...]:
         if size:
             short = str(options.get("dtype", "float32")) in ("bf16", "fp16", "bfloat16", "float16")
             offloaded = options.get("offload") == "cpu_between_calls"
-            found.append(RewardModel(str(name), round(size * 1e9 * (1 if short else 2)), offloaded))
+            found.append(
+                RewardModel(
+                    name=str(name),
+                    weights=round(size * 1e9 * (1 if short else 2)),
+                    offloaded=offloaded,
+                    judge=bool(given.get("eval_only")),
+                )
+            )
     return tuple(found)
 
 
@@ -127,6 +135,7 @@ def finish(
         copies=copies + config.use_ema,
         state_bytes=state_bytes(config),
         rewards=rewards_of(config),
+        offload_idle=config.offload_idle,
     )
 
 
