@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffalign.diffusion.consistency import consistency_function, solver_step
+from diffalign.diffusion.consistency import consistency_function, solver_grid, solver_step
+from diffalign.diffusion.noise import from_scheduler_config
 from diffalign.diffusion.steps import make_steps
 from diffalign.errors import UserError
 from diffalign.trainers import lcd, load_method
@@ -255,6 +256,68 @@ def test_validation_draws_the_student_by_lcm_and_the_teacher_as_it_is(
     extra = ", timestep_scaling=5.0" if scaling == 5 else ""
     assert f"pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config{extra})" in card
     assert f"pipe('a red circle', num_inference_steps=4, guidance_scale={student[3]:g})" in card
+
+
+SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PEAKS, SPREAD = torch.tensor([-1.0, 1.0]), 0.2
+
+
+def test_a_toy_student_draws_two_peaks_in_one_step_and_two() -> None:
+    """The exact denoiser of two peaks is the teacher; one step of it lands between them."""
+    process, generator = from_scheduler_config(SD), torch.Generator().manual_seed(0)
+    grid = solver_grid(process, 20)
+
+    def data(count: int) -> Tensor:
+        peaks = PEAKS[torch.randint(2, (count,), generator=generator)]
+        return (peaks + SPREAD * torch.randn(count, generator=generator)).reshape(-1, 1, 1, 1)
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (level.float().reshape(-1, 1, 1, 1) for level in (process.alpha(t), process.sigma(t)))
+        variance = (alpha * SPREAD) ** 2 + sigma**2
+        share = (-((x - alpha * PEAKS) ** 2) / (2 * variance)).softmax(-1)
+        x0 = share * (PEAKS + alpha * SPREAD**2 / variance * (x - alpha * PEAKS))
+        return (x - alpha * x0.sum(-1, keepdim=True)) / sigma
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        change = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+    for parameter in change[-1].parameters():
+        nn.init.zeros_(parameter)
+
+    def student(x: Tensor, t: Tensor) -> Tensor:
+        known = [(level.float().reshape(-1, 1, 1, 1)).expand_as(x) for level in (t / 1000, process.alpha(t))]
+        return teacher(x, t) + change(torch.cat([x, *known], -1))
+
+    @torch.no_grad()
+    def error(num_steps: int) -> float:
+        """Earth mover's distance of samples to the data."""
+        steps, own = make_steps(process, SD, num_steps, "lcm"), torch.Generator().manual_seed(5)
+        x = torch.randn(4096, 1, 1, 1, generator=own)
+        for i in range(num_steps):
+            index = torch.full((len(x),), i)
+            x = steps.step(student(x, steps.timesteps[index]), x, index).sample(torch.randn(x.shape, generator=own))
+        return (x.flatten().sort()[0] - data(4096).flatten().sort()[0]).abs().mean().item()
+
+    before = error(1), error(2)
+    optimizer, losses = torch.optim.Adam(change.parameters(), lr=2e-2), []
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 600)
+    for _ in range(600):
+        x0, index = data(256), torch.randint(20, (256,), generator=generator)
+        t, previous = grid.timesteps[index], grid.previous[index]
+        x_t = process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+        epsilon = teacher(x_t, t)
+        x_previous = solver_step(process, epsilon, epsilon, torch.zeros(256), x_t, t, previous)
+        with torch.no_grad():
+            target = consistency_function(process, student(x_previous, previous), x_previous, previous)
+        loss = lcd_loss(consistency_function(process, student(x_t, t), x_t, t), target).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    after = error(1), error(2)
+    assert after[0] < before[0] / 2 and after[1] < before[1] / 2, (before, after)
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
