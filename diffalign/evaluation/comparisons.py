@@ -100,18 +100,25 @@ class Scores:
         """Whether the variants differ in their numbers of steps."""
         return len({variant.steps for variant in self.by_variant}) > 1
 
+    @property
+    def guided(self) -> bool:
+        """Whether the variants differ in guidance."""
+        return len({variant.guidance for variant in self.by_variant}) > 1
+
+    def shared(self, variant: Variant, axis: Axis) -> str:
+        """A name of what a variant shares with others of its model that differ in this setting only."""
+        parts = [{"scale": variant.family, "trained": variant.run}.get(axis, variant.model)]
+        parts += [f"scale {variant.scale:g}"] if variant.scale is not None and axis == "trained" else []
+        parts += [f"guidance {variant.guidance:g}"] if self.guided and axis != "guidance" else []
+        parts += [_steps(variant.steps)] if self.stepped and axis != "steps" else []
+        return ", ".join(parts)
+
     def series(self, axis: Axis) -> dict[str, list[Variant]]:
         """Variants that differ in one setting only, sorted by it, by a name of what they share."""
-        guided = len({variant.guidance for variant in self.by_variant}) > 1
         found: dict[str, list[Variant]] = {}
         for variant in self.by_variant:
-            if getattr(variant, axis) is None:
-                continue
-            shared = [{"scale": variant.family, "trained": variant.run}.get(axis, variant.model)]
-            shared += [f"scale {variant.scale:g}"] if variant.scale is not None and axis == "trained" else []
-            shared += [f"guidance {variant.guidance:g}"] if guided and axis != "guidance" else []
-            shared += [_steps(variant.steps)] if self.stepped and axis != "steps" else []
-            found.setdefault(", ".join(shared), []).append(variant)
+            if getattr(variant, axis) is not None:
+                found.setdefault(self.shared(variant, axis), []).append(variant)
         return {name: sorted(several, key=lambda v: getattr(v, axis)) for name, several in found.items()}
 
     def prompt_means(self, variant: Variant) -> Floats:

@@ -269,7 +269,9 @@ def _footer(config: GridConfig, columns: _Columns, picked: str, shown: int, tota
     some = picked.format(shown=shown, total=total, seed=config.seed)
     parts.append(some if shown < total else f"all {total} images of each model")
     if scorers:
-        rival = "the same settings of the first model" if columns.several_rivals else "the first column"
+        rival = "the first column"
+        if columns.several_rivals:
+            rival = f"{columns.variants[0].model} at the same settings (its own columns: against the first)"
         by = scorers[0] if len(scorers) == 1 else f"{', '.join(scorers)}; winners, means and wins are by {scorers[0]}"
         parts.append(f"scores by {by}, differences and wins against {rival}, wins with 95 % interval")
     return "; ".join(parts) + "."

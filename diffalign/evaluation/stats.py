@@ -43,7 +43,8 @@ class WinRate:
     prompts: int
 
     def __str__(self) -> str:
-        count = f"n={self.n}" if self.prompts == self.n else f"n={self.n} over {self.prompts} prompts"
+        over = "of one prompt" if self.prompts == 1 else f"over {self.prompts} prompts"
+        count = f"n={self.n}" if self.prompts == self.n else f"n={self.n} {over}"
         return (
             f"win rate {self.rate:.2f} [{self.low:.2f}, {self.high:.2f}] "
             f"({count}, {self.wins} wins, {self.ties} ties, {self.losses} losses)"
@@ -82,7 +83,8 @@ def win_rate(
 
     With one pair a prompt the interval is :func:`wilson`'s. Where ``groups`` says that several pairs share a prompt,
     they are not independent: the interval is then a percentile bootstrap over prompts, and the sign test counts each
-    prompt once, by whether more of its pairs are won or lost.
+    prompt once, by whether more of its pairs are won or lost. Where all pairs are of one prompt, its seeds are what is
+    independent, and nothing is said of other prompts.
 
     Args:
         a: scores of the model in question, (n,).
@@ -100,6 +102,7 @@ def win_rate(
     wins, losses = int((outcome == 1).sum()), int((outcome == 0).sum())
     n = len(outcome)
     sums, sizes = _per_group(outcome, groups)
+    prompts = len(set(groups)) if groups is not None else n
     if len(sums) == n:
         low, high = wilson(wins, n, ties=n - wins - losses, confidence=confidence)
         p_value = sign_test(wins, losses)
@@ -107,7 +110,7 @@ def win_rate(
         low, high = _bootstrap_interval(sums, sizes, confidence, draws, seed)
         lead = sums - sizes / 2
         p_value = sign_test(int((lead > 0).sum()), int((lead < 0).sum()))
-    return WinRate(float(outcome.mean()), low, high, wins, n - wins - losses, losses, n, p_value, len(sums))
+    return WinRate(float(outcome.mean()), low, high, wins, n - wins - losses, losses, n, p_value, prompts)
 
 
 def paired_difference(
@@ -126,9 +129,10 @@ def paired_difference(
     mean = float(difference.mean())
     # Of a ratio of sums (sum of differences over number of pairs), linearised; the usual s / sqrt(n) for equal sizes.
     units = len(sums)
+    prompts = len(set(groups)) if groups is not None else units
     residuals = (sums - mean * sizes) / sizes.mean()
     error = math.sqrt(float((residuals**2).sum()) / (units - 1) / units) if units > 1 else math.nan
-    return PairedDifference(mean, low, high, error, len(difference), units)
+    return PairedDifference(mean, low, high, error, len(difference), prompts)
 
 
 def wilson(wins: int, n: int, *, ties: int = 0, confidence: float = 0.95) -> tuple[float, float]:
@@ -176,11 +180,11 @@ def _differences(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def _per_group(values: Floats, groups: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
-    """Sum and number of the values of each group, in order of first appearance."""
-    if groups is None:
-        return values, np.ones(len(values))
-    if len(groups) != len(values):
+    """Sum and number of the values of each group, in order of first appearance; of each value where all are of one."""
+    if groups is not None and len(groups) != len(values):
         raise UserError(f"{len(groups)} groups for {len(values)} scores")
+    if groups is None or len(set(groups)) == 1:
+        return values, np.ones(len(values))
     order: dict[Hashable, int] = {}
     index = [order.setdefault(group, len(order)) for group in groups]
     return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)

@@ -208,10 +208,11 @@ def _fronts(
         first, *others = rewards
         pairs = [(first, other) for other in others]
     axes = {**rewards, **prices}
-    return [_front(variants, x, y, np.array([axes[x], axes[y]]).T) for x, y in pairs]
+    return [_front(table[0], x, y, np.array([axes[x], axes[y]]).T) for x, y in pairs]
 
 
-def _front(variants: Sequence[Variant], x: str, y: str, points: Floats) -> dict[str, Any]:
+def _front(scores: Scores, x: str, y: str, points: Floats) -> dict[str, Any]:
+    variants = list(scores.by_variant)
     known = np.isfinite(points[:, 0]) & np.isfinite(points[:, 1])
     front = np.zeros(len(points), dtype=np.bool_)
     if known.any():
@@ -219,7 +220,7 @@ def _front(variants: Sequence[Variant], x: str, y: str, points: Floats) -> dict[
     rows = [
         {
             "model": v.name,
-            "line": v.family or v.model,
+            "line": _line(v, scores),
             "at": _at(v, variants),
             "x": float(a),
             "y": float(b),
@@ -229,6 +230,11 @@ def _front(variants: Sequence[Variant], x: str, y: str, points: Floats) -> dict[
         if ok
     ]
     return {"x": x, "y": y, "points": rows}
+
+
+def _line(variant: Variant, scores: Scores) -> str:
+    """What joins points: over the scale of a LoRA, else over guidance, else over steps."""
+    return scores.shared(variant, "scale" if variant.scale is not None else "guidance" if scores.guided else "steps")
 
 
 def _at(variant: Variant, variants: Sequence[Variant]) -> str:

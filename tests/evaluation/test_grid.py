@@ -172,7 +172,7 @@ def test_which_rows_are_shown_is_said(config: GridConfig, monkeypatch: pytest.Mo
     assert result is not None
     gains = result.scores["red"]["lora-0"] - result.scores["red"]["base"]
     assert given["rows"] == [PROMPTS[int(np.argmax(gains))], PROMPTS[int(np.argmin(gains))]]
-    assert "2 of 3 images of each model, evenly from the largest gain" in given["footer"]
+    assert "2 of 3 images of each model, evenly from the last column's largest gain" in given["footer"]
     assert [row[1] - row[0] for row in given["scores"]] == pytest.approx([gains.max(), gains.min()])
     run_grid(changed(config, models=config.models[:1], rows=2, pick="random", seed=0))
     assert len(set(given["rows"])) == 2 and "drawn at random with seed 0" in given["footer"]
@@ -229,7 +229,7 @@ def test_seeds_by_steps_of_one_prompt(config: GridConfig, monkeypatch: pytest.Mo
     assert result is not None and [one["theme"] for one in given] == ["light", "dark"]
     assert given[0]["rows"] == ["seed 4", "seed 7"] and given[0]["title"] == PROMPTS[0]
     assert given[0]["columns"] == ["base, 1 step", "base, 2 steps", "lora-0, 1 step", "lora-0, 2 steps"]
-    assert given[0]["against"] == [0, 0, 0, 1] and "the same settings of the first model" in given[0]["footer"]
+    assert given[0]["against"] == [0, 0, 0, 1] and "against base at the same settings" in given[0]["footer"]
     scores = result.scores["red"]
     assert result.win_rates["red"]["lora-0, 2 steps"] == win_rate(
         scores["lora-0, 2 steps"], scores["base, 2 steps"], groups=[0, 0]

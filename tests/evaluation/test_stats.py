@@ -149,3 +149,13 @@ def test_bad_scores_are_named() -> None:
         stats.win_rate([1.0, 2.0, 3.0], [0.0] * 3, groups=[1, 2])
     with pytest.raises(ValueError, match="impossible"):
         stats.wilson(3, 2)
+
+
+def test_of_one_prompt_the_seeds_are_the_units() -> None:
+    """A bootstrap over one prompt would make a certainty of whatever was seen."""
+    a, b = np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0])
+    grouped, plain = stats.win_rate(a, b, groups=["p"] * 4), stats.win_rate(a, b)
+    assert (grouped.low, grouped.high, grouped.p_value) == (plain.low, plain.high, plain.p_value)
+    assert grouped.prompts == 1 and "n=4 of one prompt" in str(grouped)
+    difference = stats.paired_difference(a, b, groups=["p"] * 4)
+    assert difference.low < difference.mean < difference.high and difference.prompts == 1

@@ -62,7 +62,7 @@ def test_sweeps_of_steps_and_scales_have_tables_and_plots(tmp_path: Path) -> Non
     # Points of one LoRA at its scales are one line of the trade-offs.
     both = table({BASE: (0.0, 0.0), **dict.fromkeys(scaled, (1.0, 1.0))}, ("r", "s"))
     lines = summary(both)["fronts"][0]
-    assert [point["line"] for point in lines["points"]].count("dpo") == 2
+    assert [(point["line"], point["at"]) for point in lines["points"]] == [("base", ""), ("dpo", "0.5"), ("dpo", "1")]
 
 
 def test_over_optimisation_is_seen_over_checkpoints(tmp_path: Path) -> None:
