@@ -71,16 +71,7 @@ def run_eval(config: EvalConfig) -> EvalResult | None:
     variants, prompts, cases = config.variants(), prompts_of(config), cases_of(config)
     root = Path(config.output_dir)
     drawer = Drawer(config)
-    judge = Judge(
-        config.rewards,
-        root,
-        prompts,
-        cases,
-        groupwise=_measures(config, cases),
-        policy=config.policy(),
-        device=config.device,
-        batch_size=config.score_batch_size,
-    )
+    judge = _judge(config, prompts, cases)
     first = PartialState().is_main_process
     realism = None
     if first and config.reference_images is not None:
@@ -114,6 +105,19 @@ def run_eval(config: EvalConfig) -> EvalResult | None:
     result = EvalResult(root / "report.md", summary)
     _write_report(config, result, table, curves, folders, cases)
     return result
+
+
+def _judge(config: EvalConfig, prompts: Sequence[Prompt], cases: Sequence[Case]) -> Judge:
+    return Judge(
+        config.rewards,
+        Path(config.output_dir),
+        prompts,
+        cases,
+        groupwise=_measures(config, cases),
+        policy=config.policy(),
+        device=config.device,
+        batch_size=config.score_batch_size,
+    )
 
 
 def _measures(config: EvalConfig, cases: Sequence[Case]) -> dict[str, Reward]:
