@@ -61,6 +61,8 @@ class Family(ABC):
     encoder_classes: ClassVar[Mapping[str, type[PreTrainedModel]]]
     lora_targets: ClassVar[tuple[str, ...]] = DENOISER_TARGETS
     text_lora_targets: ClassVar[tuple[str, ...]] = TEXT_TARGETS
+    shard_blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
+    """Classes of the denoiser's modules whose weights are brought together at once, where they are shared out."""
     unused_parts: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that are neither downloaded nor used (the safety checker)."""
 

@@ -24,6 +24,10 @@ class RunConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = field("no", help="Autocast type; frozen weights are held in it.")
     allow_tf32: bool = field(False, help="Allow TF32 matrix products on Ampere and later.")
     gradient_checkpointing: bool = field(False, help="Recompute activations in the backward pass to save memory.")
+    process_timeout: float = field(
+        30.0,
+        help="Minutes that a process waits for the others in an exchange; then the run ends and says who is late.",
+    )
     dataloader_num_workers: int = field(0, help="Worker processes that read the data.")
 
     # LoRA
@@ -57,7 +61,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"):
+        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps", "process_timeout"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("checkpointing_steps", "lr_warmup_steps", "dataloader_num_workers", "seed", "weight_decay"):
             self._require(name, getattr(self, name) >= 0, "0 or more")

@@ -114,8 +114,11 @@ def _untouched(trainer: Trainer[Any, Any], folder: Path) -> Iterator[None]:
 
 
 def _save(trainer: Trainer[Any, Any], folder: Path) -> str:
-    with space_errors(trainer.output_dir):
-        trainer._write_state(folder)
+    trainer.gather()
+    if trainer.accelerator.is_main_process:
+        with space_errors(trainer.output_dir):
+            trainer._write_state(folder)
+    trainer.release()
     trainer.accelerator.wait_for_everyone()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     _check_space(trainer, size)
@@ -162,7 +165,8 @@ def _step(trainer: Trainer[Any, Any]) -> str:
     batch, shape = trainer.batches.trial()
     torch.manual_seed(key_seed(trainer.config.seed, "dry run"))
     with ExitStack() as stack:
-        for module in trainer.prepared():
+        # Shared-out weights are brought together in any case.
+        for module in () if trainer.policy.sharded else trainer.prepared():
             stack.enter_context(trainer.accelerator.no_sync(module))
         with trainer.accelerator.autocast():
             loss, _ = trainer.compute_loss(batch)

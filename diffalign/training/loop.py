@@ -25,6 +25,7 @@ from diffalign.training.fitting import explain
 from diffalign.training.model_card import write_model_card
 from diffalign.training.policy import Policy
 from diffalign.training.run_log import RunLog
+from diffalign.training.sharding import gathered, scattered
 from diffalign.training.steps import Batch, Batches, Plan, StepLoop, StopAsked, Stopped
 from diffalign.training.summary import summarise
 from diffalign.training.validation import Sampling, Validation
@@ -57,6 +58,7 @@ class Trainer(StepLoop[Config, Batch]):
     needs: ClassVar[Needs] = Needs()
     paper: ClassVar[str]
     """BibTeX of the method's paper, for the model card."""
+    _whole_state: dict[str, Any] | None = None
     usual_causes = ", a VAE that overflows in fp16, or bad cached latents"
 
     def __init__(self, config: Config, family: Family | None = None) -> None:
@@ -167,6 +169,21 @@ class Trainer(StepLoop[Config, Batch]):
     def counters(self) -> dict[str, Any]:
         ema = self.policy.ema
         return {**super().counters(), "ema_steps": ema.optimization_step if ema else 0}
+
+    def gather(self) -> None:
+        self.policy.gather()
+        if self.policy.sharded:
+            self._whole_state = gathered(self.optimizer.state_dict(), self.accelerator.is_main_process)
+
+    def release(self) -> None:
+        self.policy.release()
+        self._whole_state = None
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return super().optimizer_state() if self._whole_state is None else self._whole_state
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        super().load_optimizer(scattered(state, self.parameters()) if self.policy.sharded else state)
 
     def save_weights(self, folder: Path) -> None:
         self.policy.save_state(folder)

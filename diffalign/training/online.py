@@ -32,6 +32,7 @@ from diffalign.training.advantages import PromptStatTracker
 from diffalign.training.groups import Arithmetic, Draws, GroupOrder, trained_steps
 from diffalign.training.loop import Batches, Plan, StopAsked
 from diffalign.training.online_config import OnlineConfig
+from diffalign.training.processes import waiting
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
 from diffalign.training.scoring import RolloutScorer, Scored
@@ -146,7 +147,9 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
             micro_batch=config.train_batch_size,
             passes_per_image=1,
             # As the accelerator will see it: without the flag, processes on CPUs would each be alone from here on.
-            world_size=PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes,
+            world_size=PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=waiting(config.process_timeout)
+            ).num_processes,
         )
         # Before the model is loaded: sizes that do not fit should not cost minutes.
         self.arithmetic.check()

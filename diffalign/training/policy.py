@@ -7,7 +7,7 @@ the reference is a frozen copy, made only for methods that need one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, load_lora_state, lora_parameters, save_lora
 from diffalign.training.config import TrainingConfig
+from diffalign.training.sharding import check_sharded, gathered, is_sharded, local, part_of, shard
 from diffalign.training.speed import SameGraph, checkpoint_activations, speed_up
 
 WEIGHTS_FILE = "policy.safetensors"
@@ -68,7 +69,16 @@ class Policy:
                 self._frozen = copy.deepcopy(family.denoiser).requires_grad_(False).to(accelerator.device)
             family.denoiser.requires_grad_(True)
         self._apply_options()
-        self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
+        self.sharded = is_sharded(accelerator)
+        self._whole: dict[str, list[Tensor]] = {}
+        if self.sharded:
+            check_sharded(config)
+            for module in (family.denoiser, self._frozen):
+                if module is not None:
+                    shard(module, accelerator, family.shard_blocks)
+            self.prepared = dict(self.modules)
+        else:
+            self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
         self.copies: dict[str, list[Tensor]] = {}
         if config.initial_lora and config.reference == "start" and needs_reference:
             self.add_copy(_START)
@@ -211,6 +221,10 @@ class Policy:
     @contextmanager
     def _holding(self, values: Sequence[Tensor]) -> Iterator[nn.Module]:
         parameters = list(self.parameters.values())
+        if self.sharded:
+            with self._copied_in(parameters, values):
+                yield self._as_in_training(self.modules[self._part])
+            return
         own = [p.data for p in parameters]
         with torch.no_grad():
             # Tensors change places and nothing is copied: in full fine-tuning this is the whole model, each step.
@@ -221,6 +235,17 @@ class Policy:
             finally:
                 for parameter, value in zip(parameters, own, strict=True):
                     parameter.data = value
+
+    @contextmanager
+    def _copied_in(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+        """Other values in the parameters' own memory: FSDP knows the weights by it."""
+        own = [local(p).clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_([local(p) for p in parameters], [local(value) for value in values])
+            try:
+                yield
+            finally:
+                torch._foreach_copy_([local(p) for p in parameters], own)
 
     def _as_in_training(self, denoiser: nn.Module) -> nn.Module:
         return SameGraph(denoiser) if self.config.compile_repeated_blocks else denoiser
@@ -243,17 +268,34 @@ class Policy:
             self.ema.to(self.accelerator.device)
             self.ema.step(self.parameters.values())
 
+    def gather(self) -> None:
+        """Before saving, on every process: where weights are shared out, bring them together for the main process."""
+        if not self.sharded:
+            return
+        keep = self.accelerator.is_main_process
+        kept = {"weights": list(self.parameters.values()), **{f"copy {n}": v for n, v in self.copies.items()}}
+        if self.ema is not None:
+            kept["ema"] = list(self.ema.shadow_params)
+        self._whole = {name: gathered(values, keep) for name, values in kept.items()}
+
+    def release(self) -> None:
+        """After saving: let go of what :meth:`gather` brought together."""
+        self._whole = {}
+
+    def _saved(self, name: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Values of the trained weights by their names, whole and on the CPU."""
+        if self.sharded:
+            values = self._whole[name]
+        return {key: v.detach().cpu().contiguous() for key, v in zip(self.parameters, values, strict=True)}
+
     def save_state(self, folder: Path) -> dict[str, int]:
         """Write the exact trained weights (and EMA) for resuming; return the counters that go with them."""
-        parameters = self.parameters
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS_FILE)
+        save_file(self._saved("weights", self.parameters.values()), folder / WEIGHTS_FILE)
         for copy_name, values in self.copies.items():
-            named = {name: v.cpu().contiguous() for name, v in zip(parameters, values, strict=True)}
-            save_file(named, folder / COPY_FILE.format(copy_name))
+            save_file(self._saved(f"copy {copy_name}", values), folder / COPY_FILE.format(copy_name))
         if self.ema is None:
             return {}
-        shadow = zip(parameters, self.ema.shadow_params, strict=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in shadow}, folder / EMA_FILE)
+        save_file(self._saved("ema", self.ema.shadow_params), folder / EMA_FILE)
         return {"ema_steps": self.ema.optimization_step}
 
     def load_state(self, folder: Path, counters: dict[str, int]) -> None:
@@ -271,7 +313,7 @@ class Policy:
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(stored[name])
+                local(parameter).copy_(local(part_of(stored[name], parameter)))
             for copy_name, values in self.copies.items():
                 file = folder / COPY_FILE.format(copy_name)
                 if not file.is_file():
@@ -281,17 +323,19 @@ class Policy:
                     )
                 kept = load_file(file)
                 for value, name in zip(values, parameters, strict=True):
-                    value.copy_(kept[name])
+                    local(value).copy_(local(part_of(kept[name], value)))
             if self.ema is not None:
                 if not (folder / EMA_FILE).is_file():
                     raise UserError(f"{folder} has no EMA. Resume with use_ema off, or start a new run.")
                 shadow = load_file(folder / EMA_FILE)
                 for average, name in zip(self.ema.shadow_params, parameters, strict=True):
-                    average.copy_(shadow[name])
+                    local(average).copy_(local(part_of(shadow[name], average)))
                 self.ema.optimization_step = counters["ema_steps"]
 
     def export(self, folder: Path, comfyui: bool = False) -> list[Path]:
         """Write what users load: the LoRA (in one or two layouts), or the whole denoiser as a folder."""
+        if self.sharded:
+            return [self._export_gathered(folder / self._part)]
         with self.ema_weights():
             if self.config.train_mode == "full":
                 self.family.denoiser.save_pretrained(folder / self._part)
@@ -301,3 +345,14 @@ class Policy:
             if comfyui:
                 written.append(save_lora(self.family, folder, text_encoders=texts, layout="kohya"))
             return written
+
+    def _export_gathered(self, folder: Path) -> Path:
+        """The denoiser of what was gathered, in a network of its own: the live one has only a part of its weights."""
+        live = self.family.denoiser
+        with torch.device("meta"):
+            network = self.family.denoiser_class.from_config(live.config)  # type: ignore[attr-defined]
+        values = self._whole["ema" if self.ema is not None else "weights"]
+        named = {n.removeprefix(f"{self._part}."): v for n, v in zip(self.parameters, values, strict=True)}
+        network.load_state_dict(named, assign=True)
+        network.save_pretrained(folder)
+        return folder

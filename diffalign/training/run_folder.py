@@ -28,6 +28,7 @@ _WHAT_A_RUN_WRITES = (
     "unet",
     "checkpoint-*",
     ".checkpoint-*",
+    ".processes",
     "pytorch_lora_weights.safetensors",
     "*_comfyui.safetensors",
     # Of a reward model.
@@ -47,6 +48,7 @@ _MAY_CHANGE_ON_RESUME = {
     "overwrite_output_dir",
     "max_train_steps",
     "report_to",
+    "process_timeout",
     "check_first",
     "dry_run",
 }

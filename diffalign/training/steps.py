@@ -14,7 +14,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -26,48 +25,19 @@ from torch import Tensor, nn
 from diffalign.config import save_yaml
 from diffalign.diffusion.random import key_seed
 from diffalign.errors import DiffalignError
+from diffalign.training.batches import Batch, Batches, Plan, StopAsked, Stopped
 from diffalign.training.checkpoints import load_state, save_checkpoint
 from diffalign.training.config import RunConfig
 from diffalign.training.optimizers import build_optimizer, build_schedule
+from diffalign.training.processes import Presence, lost_contact, process_group
 from diffalign.training.run_folder import open_run_folder
 from diffalign.training.run_log import RunLog, tracker_names
+from diffalign.training.sharding import gradient_norm
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["Batch", "Batches", "Plan", "StepLoop", "StopAsked", "Stopped"]
 Config = TypeVar("Config", bound=RunConfig)
-Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The size of a run: ``samples`` in the data, in ``effective_batch`` a step, ``steps`` in all."""
-
-    samples: int
-    effective_batch: int
-    steps: int
-
-
-class Batches(ABC, Generic[Batch]):
-    """How a trainer comes by its batches."""
-
-    samples: int
-    """Samples (pairs) in the data."""
-
-    @abstractmethod
-    def stream(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """This process's micro-batches, ``gradient_accumulation_steps`` for each step, each a function of its step."""
-
-    def trial(self) -> tuple[Batch, str]:
-        """A micro-batch of the largest shape, for a trial, and that shape in words."""
-        return next(self.stream(0, 1)), "the size of the run"
-
-
-class Stopped(DiffalignError):
-    """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
-
-
-class StopAsked(Exception):
-    """Raised by :meth:`Batches.stream` before a step, where :meth:`Trainer.stop_asked` says so on every process."""
 
 
 class StepLoop(ABC, Generic[Config, Batch]):
@@ -90,9 +60,11 @@ class StepLoop(ABC, Generic[Config, Batch]):
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=tracker_names(config.report_to) or None,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            kwargs_handlers=[process_group(config.process_timeout)],
         )
         if not self.accelerator.is_main_process:
             logging.getLogger("diffalign").setLevel(logging.ERROR)
+        self.presence = Presence(self.output_dir, self.accelerator.process_index, self.accelerator.num_processes)
         self.checkpoint = open_run_folder(config, self.output_dir, self.accelerator)
         set_seed(config.seed)
         if config.allow_tf32:
@@ -109,7 +81,8 @@ class StepLoop(ABC, Generic[Config, Batch]):
         self.plan = self._make_plan()
         scale = self.plan.effective_batch if config.scale_lr else 1
         optimizer = build_optimizer(config, self.parameters(), config.learning_rate * scale)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        # Not `prepare`, which under FSDP2 wants the model with it, to share out both.
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = build_schedule(config, optimizer, self.plan.steps)
 
     @abstractmethod
@@ -169,12 +142,17 @@ class StepLoop(ABC, Generic[Config, Batch]):
             return self._finish()
         except torch.OutOfMemoryError as error:
             raise self.out_of_memory(f"step {self.step + 1}") from error
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not lost_contact(error):
+                raise
+            raise self.presence.error(error, self.step) from error
         finally:
             log.close()
 
     def _steps(self, log: RunLog) -> None:
         stream = self.batches.stream(self.step, self.plan.steps)
         while self.step < self.plan.steps and not self.done:
+            self.presence.note(self.step)
             try:
                 metrics = self.training_step(stream)
             except StopAsked:
@@ -247,7 +225,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
                 self.accelerator.backward(loss)
             reports.append({"loss": loss, **report})
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
-        metrics = self._reduce(reports, torch.as_tensor(grad_norm))
+        metrics = self._reduce(reports, gradient_norm(grad_norm))
         rate = float(self.schedule.get_last_lr()[0])
         self._update(metrics)
         self.step += 1
@@ -327,12 +305,29 @@ class StepLoop(ABC, Generic[Config, Batch]):
     def _save(self) -> Path | None:
         """Write ``checkpoint-<step>`` from the main process; the others wait."""
         path = None
+        self.gather()
         if self.accelerator.is_main_process:
             path = save_checkpoint(
                 self.output_dir, self.step, self.counters(), self._write_state, self.config.checkpoints_total_limit
             )
+        self.release()
         self.accelerator.wait_for_everyone()
         return path
+
+    def gather(self) -> None:
+        """Called on every process before the main one saves or exports."""
+
+    def release(self) -> None:
+        """Called on every process after that."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state with whole tensors, for the main process to save."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Read back what :meth:`optimizer_state` gave."""
+        self.optimizer.load_state_dict(state)
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint's state file says; JSON-able."""
@@ -349,7 +344,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
     def _write_state(self, folder: Path) -> None:
         """Write all that a checkpoint holds but its counters."""
         self.save_weights(folder)
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(self.optimizer_state(), folder / "optimizer.pt")
         torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
         save_yaml(self.config, folder / "config.yaml")
         self.save_extra(folder)
@@ -366,7 +361,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
         state = load_state(self.checkpoint)
         self.load_weights(self.checkpoint, state)
         options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        self.optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", **options))
+        self.load_optimizer(torch.load(self.checkpoint / "optimizer.pt", **options))
         self.schedule.load_state_dict(torch.load(self.checkpoint / "scheduler.pt", **options))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -385,13 +380,16 @@ class StepLoop(ABC, Generic[Config, Batch]):
         if self.config.checkpointing_steps:
             self._save()
         self.before_export()
+        self.gather()
         if self.accelerator.is_main_process:
             self.export()
             if self.config.push_to_hub:
                 from diffalign.training.hub import push
 
                 push(self.config, self.output_dir)
+        self.release()
         self.accelerator.wait_for_everyone()
+        self.presence.leave()
         return self.output_dir
 
 

@@ -137,8 +137,13 @@ class Validation:
 
     def _draw(self, folder: Path, denoiser: nn.Module, sampling: Sampling) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = range(self.accelerator.process_index, len(self.cases), self.accelerator.num_processes)
-        # A process without cases still takes part in nothing collective here, so it may skip the loading.
+        processes = self.accelerator.num_processes
+        own = range(self.accelerator.process_index, len(self.cases), processes)
+        mine = list(own)
+        if self.policy.sharded:
+            # Weights are brought together in every pass, by all: who has fewer images draws the last one too.
+            mine += [len(self.cases) - 1] * (-(-len(self.cases) // processes) - len(own))
+        # Otherwise a process without cases takes part in nothing collective here, so it may skip the loading.
         if mine:
             with self.accelerator.autocast():
                 images = draw_images(
@@ -149,7 +154,7 @@ class Validation:
                     [self.cases[i][1] for i in mine],
                     self.config.train_batch_size,
                 )
-            for index, image in zip(mine, images, strict=True):
+            for index, image in zip(own, images, strict=False):
                 image.save(self._file(folder, index))
             warn_of_flat(sum(is_flat(image) for image in images), len(images))
         self.accelerator.wait_for_everyone()

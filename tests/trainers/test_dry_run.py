@@ -140,7 +140,7 @@ def test_running_out_of_memory_says_where_and_what_to_change(
     text = str(caught.value)
     assert f"out of memory in {phase} of the dry run: 2 at once, 16 x 16 pixels" in text
     assert "estimated to need" in text
-    assert phase == "validation" or "Use train_batch_size: 1, gradient_accumulation_steps: 2 (about" in text
+    assert phase == "validation" or "Use gradient_checkpointing: true (about" in text
     assert not (tmp_path / "run" / dry_run.FOLDER).exists()
 
 
