@@ -8,7 +8,7 @@
 
 Trains a recipe with other settings, draws 256 captions with the base model and with the result at each guidance
 scale, same seeds, and prints the win rate against the base at the same scale, with the same sampler and steps.
-Held-out captions are not touched.
+Held-out captions are not touched: methods on rewards judge themselves by captions of the training split, too.
 ``--margins`` trains nothing: it prints how a pair loss's ``margin`` is spread over so many single pairs before the
 first step.
 """
@@ -33,11 +33,18 @@ from diffalign.trainers import load_method
 CAPTIONS, SEED = 256, 5
 
 
+def captions() -> list[str]:
+    """What models are judged on."""
+    return sample_captions(CAPTIONS, SEED, heldout=False)
+
+
 def make(recipe: str, settings: list[str], folder: Path, more: dict[str, Any]) -> Any:
     """The trainer of a recipe with other settings, each "name=value" in YAML."""
     changed = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in settings)}
     quiet = {"output_dir": str(folder), "report_to": ["none"], "checkpointing_steps": 0, "validation_prompts": None}
     whole = load_yaml(find(recipe)) | quiet | changed | more
+    if whole.get("heldout_prompts"):
+        whole["heldout_prompts"] = f"{__file__}:captions"
     config_class, trainer_class = load_method(whole["method"])
     return trainer_class(from_dict(config_class, whole, recipe))
 
@@ -54,13 +61,13 @@ def margins(recipe: str, settings: list[str], pairs: int) -> None:
 
 def trial(recipe: str, settings: list[str], scales: list[float], scheduler: str | None) -> None:
     """Train, draw, judge, print."""
-    captions = sample_captions(CAPTIONS, SEED, heldout=False)
+    prompts = captions()
     with tempfile.TemporaryDirectory() as folder:
         make(recipe, settings, Path(folder), {}).train()
         for scale in scales:
             shapes.GUIDANCE = scale
             base, own = (
-                shapes.judge(shapes.draw(captions, lora=lora, scheduler=scheduler, batch_size=64), captions)
+                shapes.judge(shapes.draw(prompts, lora=lora, scheduler=scheduler, batch_size=64), prompts)
                 for lora in (None, Path(folder))
             )
             rates = ", ".join(
