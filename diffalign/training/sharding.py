@@ -68,7 +68,8 @@ def shard(module: nn.Module, accelerator: Accelerator, blocks: Iterable[str]) ->
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     policy = (plugin.mixed_precision_policy if plugin is not None else None) or MixedPrecisionPolicy()
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    # After every pass, or the next one would find whole weights of before: those of an EMA or a slow copy.
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
     names = set(blocks)
     for child in reversed(list(module.modules())[1:]):
         if type(child).__name__ in names:
