@@ -48,7 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("work")
     pairs.make_pairs(Painter(), work / "shapes-pairs", work, 0, {"train": 60, "heldout": 20})
     few = replace(clip.CONTRASTIVE, steps=2, **FEW)
-    clip.train_contrastive(work / "contrastive", work, 0, "cpu", few, scenes=64)
+    clip.train_contrastive(work / "contrastive", work, 0, "cpu", few, scenes=64, reading=few)
     return work
 
 

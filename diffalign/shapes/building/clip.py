@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -24,17 +24,19 @@ from diffalign.shapes import scene
 from diffalign.shapes.building.stage import Schedule, train_stage
 from diffalign.shapes.checker import Reading, facts
 from diffalign.shapes.disturb import change_fact, changeable_facts, jpeg
-from diffalign.shapes.scene import LEFT_OUT, STATED, Scene, Spec, Thing
+from diffalign.shapes.scene import BACKGROUNDS, COLORS, LEFT_OUT, SHAPES, SIZES, STATED, Scene, Spec, Thing
 from diffalign.shapes.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SCENES = 8192
+SCENES = 16384
 BATCH = 96
+READING_BATCH = 64
 HARD_NEGATIVES = 4
 PROJECTION = 64
+READING = Schedule(steps=3000, learning_rate=1e-3, ema_decay=0.99, weight_decay=1e-2)
 CONTRASTIVE = Schedule(steps=1500, learning_rate=1e-3, ema_decay=0.998, weight_decay=1e-2)
-PREFERENCES = Schedule(steps=300, learning_rate=1e-4, ema_decay=0.99, weight_decay=1e-2, warmup=30, log_every=50)
+PREFERENCES = Schedule(steps=300, learning_rate=1e-5, ema_decay=0.99, weight_decay=1e-2, warmup=30, log_every=50)
 PREFERENCE_BATCH = 64
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -154,12 +156,20 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_contrastive(
-    folder: Path, work: Path, seed: int, device: str, schedule: Schedule = CONTRASTIVE, scenes: int = SCENES
+    folder: Path,
+    work: Path,
+    seed: int,
+    device: str,
+    schedule: Schedule = CONTRASTIVE,
+    scenes: int = SCENES,
+    reading: Schedule = READING,
 ) -> CLIPModel:
     """Train a CLIP on captioned scenes and save it, in float32, into ``folder``. Returns it in eval mode.
 
-    Each image is held against the captions of its batch and, in a second term, against hard negatives: its own
-    caption with one fact changed. A folder that is there is read, not trained again.
+    The image tower first learns to read scenes (:func:`train_reading`): from captions alone it takes to colours in
+    minutes and to shapes and places in hours. Then each image is held against the captions of its batch and, in a
+    second term, against hard negatives: its own caption with one fact changed. A folder that is there is read, not
+    trained again.
     """
     if (folder / "config.json").exists():
         return load_clip(folder, device)
@@ -167,6 +177,7 @@ def train_contrastive(
     torch.manual_seed(key_seed(seed, "clip"))
     model, processor = build_clip(tokenizer).to(device), build_processor(tokenizer)
     drawn, pictures = draw_scenes(scenes, seed)
+    train_reading(model, processor, drawn, pictures, work, seed, reading)
 
     def loss_of_step(step: int) -> Tensor:
         generator = keyed_generator(seed, "clip", step)
@@ -187,6 +198,59 @@ def train_contrastive(
     train_stage("clip", model, loss_of_step, schedule, work, on_sample)
     save_clip(model, processor, folder)
     return model.eval()
+
+
+class Reader(nn.Module):
+    """An image tower with a classifier for every fact of a scene; only the tower is kept."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.tower = model.vision_model
+        self.classes = [list(BACKGROUNDS)]
+        for _ in range(2):
+            self.classes += [[*SHAPES, ""], [*COLORS, ""], [*SIZES, ""]]
+        width = model.config.vision_config.hidden_size
+        self.heads = nn.Linear(width, sum(map(len, self.classes)))
+
+    def targets(self, scenes: list[Scene]) -> Tensor:
+        """Class of every fact, int64 (N, 7): background, then shape, colour and size from left to right."""
+        rows = []
+        for drawn in scenes:
+            said = [drawn.background]
+            for index in range(2):
+                thing = drawn.things[index] if index < len(drawn.things) else None
+                said += [thing.shape, thing.color, thing.size] if thing else ["", "", ""]
+            rows.append([names.index(name) for names, name in zip(self.classes, said, strict=True)])
+        return torch.tensor(rows)
+
+    def forward(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy over facts and images."""
+        logits = self.heads(self.tower(pixels).pooler_output).split([len(names) for names in self.classes], dim=1)
+        return torch.stack([cross_entropy(own, of) for own, of in zip(logits, targets.unbind(1), strict=True)]).mean()
+
+
+def train_reading(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    drawn: list[Scene],
+    pictures: Tensor,
+    work: Path,
+    seed: int,
+    schedule: Schedule,
+) -> None:
+    """Train the image tower in place to name what scenes hold: every fact of every picture, at every step."""
+    reader = Reader(model).to(model.device)
+    targets = reader.targets(drawn)
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = keyed_generator(seed, "reading", step)
+        rows = torch.randint(len(drawn), (READING_BATCH,), generator=generator)
+        pixels = clip_pixels(disturb(pictures[rows], generator).to(model.device), processor)
+        loss: Tensor = reader(pixels, targets[rows].to(model.device))
+        return loss
+
+    train_stage("clip-reading", reader, loss_of_step, schedule, work)
+    model.train()
 
 
 def contrastive_loss(model: CLIPModel, images: Tensor, texts: Tensor, wrong: Tensor) -> Tensor:
