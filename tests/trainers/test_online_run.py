@@ -86,9 +86,13 @@ def test_training_that_sees_another_network_than_sampling_is_stopped(
         trainer.train()
 
 
-def test_the_reward_that_is_trained_rises(online_settings: Settings) -> None:
-    own = {"max_train_steps": 16, "num_updates_per_rollout": 1, "checkpointing_steps": 0, "learning_rate": 1e-2}
-    _, rows = run("ddpo", online_settings(**own, clip_range=1.0, guidance_scale=1.0, max_prompts=1))
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("ddpo", {"learning_rate": 1e-2, "clip_range": 1.0}), ("nft", {"learning_rate": 3e-2, "eta": 1.0})],
+)
+def test_the_reward_that_is_trained_rises(method: str, own: dict[str, Any], online_settings: Settings) -> None:
+    size = {"max_train_steps": 16, "num_updates_per_rollout": 1, "checkpointing_steps": 0, "max_prompts": 1}
+    _, rows = run(method, online_settings(**own, **size, guidance_scale=1.0))
     first, last = (sum(row["reward"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
     assert last > first + rows[0]["reward_std"]
 
