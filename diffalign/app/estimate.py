@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--card", metavar="NAME", help="such as 'RTX 4090' or A100 80GB; `list` lists them")
     parser.add_argument("--memory_gb", type=float, metavar="N", help="of a card, where only that matters")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="cards of the run (default: 1)")
+    parser.add_argument("--shard", choices=["fsdp2", "zero2"], help="share weights out between --num_processes cards")
     parser.add_argument("--like", metavar="MODEL", help="take the shapes of sdxl or sd15, for a fine-tune of one")
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="take factors from results of benchmarks/sdxl_step.py, and end"
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("which run? diffalign estimate RECIPE, or --config FILE; `diffalign recipes` lists recipes.")
     config, work = read(recipe, rest, processes=given.num_processes, like=given.like)
     console.set_up(logging.WARNING)
+    if given.shard:
+        work = _sharded(work, given.num_processes, given.shard)
 
     from diffalign.estimation.cards import load_calibration
     from diffalign.estimation.estimate import estimate
@@ -95,6 +98,12 @@ def read(
     from diffalign.training.work import with_like
 
     return config, lambda changed: with_like(partial(trainer.work, processes=processes)(changed), like)
+
+
+def _sharded(work: Callable[[Any], Any], processes: int, kind: str) -> Callable[[Any], Any]:
+    from diffalign.training.work import sharded
+
+    return lambda config: sharded(work(config), processes, stay_together=kind == "zero2")
 
 
 def choose_card(name: str | None, memory_gb: float | None, recipe: str) -> Any:

@@ -25,7 +25,14 @@ def main(argv: Sequence[str]) -> int:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("dest", metavar="DEST", nargs="?", default=".", help="a file or a folder (default: here)")
     copy.add_argument("--force", action="store_true", help="overwrite DEST if it exists")
+    launch = commands.add_parser("accelerate", help="print a configuration for `accelerate launch` on several cards")
+    launch.add_argument("name", metavar="NAME", choices=recipes.launch_configs(), help="ddp, fsdp2 or zero2")
+    launch.add_argument("--path", action="store_true", help="print where it lies, for --config_file")
     args = parser.parse_args(list(argv))
+    if args.command == "accelerate":
+        file = recipes.find_launch_config(args.name)
+        print(file if args.path else file.read_text(encoding="utf-8"), end="\n" if args.path else "")
+        return 0
     if args.command == "show":
         print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
     elif args.command == "copy":

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
+
 from diffalign.estimation.cards import Calibration, Card
 from diffalign.estimation.meter import Cost, Device
 from diffalign.estimation.tracing import networks, trace
@@ -128,7 +130,7 @@ def _trace(work: Work, one: Pass, device: Device) -> Cost:
 
 def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, device: Device) -> PhaseEstimate:
     found = networks(work.model)
-    trained = found.trained * _FLOAT32
+    trained = found.trained * _FLOAT32 // work.shards
     trains = any(one.grad for one in phase.passes)
     costs = [_trace(work, one, device) for one in phase.passes]
     resident = phase.parts - {"rewards"} - (_IDLE if work.offload_idle else set())
@@ -136,10 +138,16 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
     memory["reward weights"] = _rewards(work, phase)
     if not phase.before_training:
         memory["trained weights"] = trained
-        memory["optimiser state"] = found.trained * work.state_bytes
+        memory["optimiser state"] = found.trained * work.state_bytes // work.shards
         memory["slow copies"] = trained * work.copies
         if work.frozen_copy:
             memory["reference copy"] = trained
+        if work.shards > 1:
+            # Weights and, in the backward pass, their gradients.
+            itemsize = (work.model.autocast or torch.float32).itemsize
+            memory["weights brought together"] = (1 + trains) * itemsize * found.together(False)
+            if work.stay_together:
+                memory["weights brought together"] += itemsize * (found.together(True) - found.together(False))
     if trains:
         memory["gradients"] = trained
     peaks = [cost.peak + cost.saved * (one.held - 1) for cost, one in zip(costs, phase.passes, strict=True)]
@@ -152,7 +160,7 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
         for cost, one in zip(costs, phase.passes, strict=True):
             seconds[one.name] = seconds.get(one.name, 0.0) + one.count * _seconds(cost, card, calibration)
         if trains:
-            traffic = found.trained * _OPTIMIZER_TRAFFIC
+            traffic = found.trained * _OPTIMIZER_TRAFFIC // work.shards
             seconds["optimiser"] = traffic / (card.bandwidth * calibration.bandwidth_efficiency)
     return PhaseEstimate(phase.name, {name: size for name, size in memory.items() if size}, seconds)
 

@@ -27,7 +27,10 @@ class Networks:
         self.model = model
         vae = find_configs(model.vae) if model.vae else None
         configs = find_configs(model.path, revision=model.revision, like=model.like)
-        self.skeleton = Skeleton(configs, vae=vae, dtype=torch.float32 if model.full else model.dtype)
+        dtype = model.dtype
+        if model.full:
+            dtype = (model.autocast if model.sharded else None) or torch.float32
+        self.skeleton = Skeleton(configs, vae=vae, dtype=dtype)
         self.family = self.skeleton.family
         self.denoiser = self.skeleton.denoiser()
         self.vae = self.skeleton.vae()
@@ -52,6 +55,14 @@ class Networks:
         """Numbers that train."""
         modules = (self.denoiser, *self.text_encoders.values())
         return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    def together(self, stay: bool) -> int:
+        """Numbers of shared-out weights that are whole at once: those outside of blocks and, of the blocks, all where
+        they stay together, else the one at work and the next."""
+        kinds = set(self.family.shard_blocks)
+        blocks = [m for m in self.denoiser.modules() if type(m).__name__ in kinds]
+        sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks)
+        return self.trained if stay else self.trained - sum(sizes) + sum(sizes[-2:])
 
     def frozen_bytes(self, part: str) -> int:
         """Bytes of the weights of a part that do not train."""

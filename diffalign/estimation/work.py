@@ -24,6 +24,7 @@ class Model:
         bits: of the linear layers' frozen weights, where the base is quantised.
         autocast: the type of autocast; None is without.
         full: all weights of the denoiser train, in float32; else a LoRA.
+        sharded: these are shared out, and brought together in the type of autocast.
         rank, targets: of the LoRA.
         text_encoders: they have a LoRA too.
         checkpointed: blocks whose activations are recomputed; () is all, None is none.
@@ -38,6 +39,7 @@ class Model:
     bits: int | None = None
     autocast: torch.dtype | None = None
     full: bool = False
+    sharded: bool = False
     rank: int = 16
     targets: tuple[str, ...] | None = None
     text_encoders: bool = False
@@ -125,6 +127,8 @@ class Work:
         copies: slow copies of the trained weights, an EMA included.
         state_bytes: of the optimiser for each trained number.
         rewards: models that score.
+        shards: processes that the weights that train are shared out between.
+        stay_together: from the forward to the backward pass, once brought together (ZeRO-2).
         offload_idle: VAE and text encoders are on the card only while they work.
     """
 
@@ -137,4 +141,6 @@ class Work:
     copies: int = 0
     state_bytes: int = 8
     rewards: tuple[RewardModel, ...] = ()
+    shards: int = 1
+    stay_together: bool = False
     offload_idle: bool = False

@@ -26,6 +26,25 @@ def find(name: str) -> Path:
     return path
 
 
+def launch_configs() -> list[str]:
+    """Return the names of the configurations for `accelerate launch`, sorted."""
+    return sorted(path.stem for path in (ROOT / "accelerate").glob("*.yaml"))
+
+
+def find_launch_config(name: str) -> Path:
+    """Return the file of a configuration for `accelerate launch`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = launch_configs()
+    if name not in known:
+        raise UserError(
+            f"there is no configuration {name!r} for accelerate.{did_you_mean(name, known)} {', '.join(known)}."
+        )
+    return ROOT / "accelerate" / f"{name}.yaml"
+
+
 def resolve(name_or_path: str) -> str:
     """Return the path of a config given by path or by the name of a recipe; a file of that name wins.
 

@@ -24,7 +24,7 @@ from diffalign.diffusion.random import key_seed
 from diffalign.errors import UserError
 from diffalign.training.checkpoints import space_errors
 from diffalign.training.optimizers import state_bytes
-from diffalign.training.sharding import local
+from diffalign.training.sharding import local, take_apart
 from diffalign.training.validation import draw_images
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def _untouched(trainer: Trainer[Any, Any], folder: Path) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        take_apart(*trainer.policy.modules.values())
         with torch.no_grad():
             for parameter, kept in zip(parameters, weights, strict=True):
                 local(parameter).copy_(kept)

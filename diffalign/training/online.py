@@ -36,6 +36,7 @@ from diffalign.training.processes import waiting
 from diffalign.training.prompted import PromptNeeds, PromptTrainer
 from diffalign.training.rollout import Condition, Trajectory, rollout, select_text
 from diffalign.training.scoring import RolloutScorer, Scored
+from diffalign.training.sharding import check_launch
 from diffalign.training.work import online_work
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class OnlineTrainer(PromptTrainer[Config, OnlineBatch], Generic[Config]):
     scorer: RolloutScorer
 
     def __init__(self, config: Config, family: Family | None = None) -> None:
+        check_launch()
         self.arithmetic = Arithmetic(
             groups=config.num_prompts_per_rollout,
             images_per_group=config.num_images_per_prompt,

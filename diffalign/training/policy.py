@@ -25,7 +25,7 @@ from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.lora import LoraSpec, adapters_off, add_lora, load_lora_state, lora_parameters, save_lora
 from diffalign.training.config import TrainingConfig
-from diffalign.training.sharding import check_sharded, gathered, is_sharded, local, part_of, shard
+from diffalign.training.sharding import check_sharded, gathered, is_sharded, local, part_of, shard, take_apart
 from diffalign.training.speed import SameGraph, checkpoint_activations, speed_up
 
 WEIGHTS_FILE = "policy.safetensors"
@@ -75,7 +75,7 @@ class Policy:
             check_sharded(config)
             for module in (family.denoiser, self._frozen):
                 if module is not None:
-                    shard(module, accelerator, family.shard_blocks)
+                    shard(module, accelerator, family.shard_blocks, trains=module is not self._frozen)
             self.prepared = dict(self.modules)
         else:
             self.prepared = {name: accelerator.prepare(module) for name, module in self.modules.items()}
@@ -180,11 +180,13 @@ class Policy:
             yield
             return
         parameters = list(self.parameters.values())
+        take_apart(*self.modules.values())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         try:
             yield
         finally:
+            take_apart(*self.modules.values())
             self.ema.restore(parameters)
 
     def add_copy(self, name: str) -> None:
@@ -241,10 +243,12 @@ class Policy:
         """Other values in the parameters' own memory: FSDP knows the weights by it."""
         own = [local(p).clone() for p in parameters]
         with torch.no_grad():
+            take_apart(*self.modules.values())
             torch._foreach_copy_([local(p) for p in parameters], [local(value) for value in values])
             try:
                 yield
             finally:
+                take_apart(*self.modules.values())
                 torch._foreach_copy_([local(p) for p in parameters], own)
 
     def _as_in_training(self, denoiser: nn.Module) -> nn.Module:

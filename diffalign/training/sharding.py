@@ -1,7 +1,9 @@
 """Full fine-tuning with the weights shared out between processes: FSDP2, as `accelerate launch` asks for it.
 
 Each process holds a part of every weight, of its gradient and of what the optimiser keeps; a block's weights are
-brought together while the block runs. Checkpoints hold whole tensors all the same, written by the main process: they
+brought together while the block runs (ZeRO-3), or from the forward to the backward pass (ZeRO-2).
+
+Checkpoints hold whole tensors all the same, written by the main process: they
 are the same files as those of one process, and any number of processes can go on from them.
 """
 
@@ -16,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffalign.errors import UserError
@@ -26,21 +28,40 @@ def is_sharded(accelerator: Accelerator) -> bool:
     """Whether this launch shares weights out.
 
     accelerate knows FSDP on accelerators only; its settings are taken on a CPU too.
+    """
+    asked = accelerator.distributed_type == DistributedType.FSDP or _is_set("ACCELERATE_USE_FSDP")
+    return asked and accelerator.num_processes > 1
+
+
+def check_launch() -> None:
+    """Look at what `accelerate launch` asks for, before accelerate does.
 
     Raises:
-        UserError: FSDP1 is asked for.
+        UserError: DeepSpeed, FSDP1, or weights that only one process loads.
     """
-    if accelerator.num_processes == 1:
-        return False
-    asked = bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
-    if accelerator.distributed_type == DistributedType.FSDP or asked:
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UserError(
-                "FSDP1 is asked for, and diffalign shares weights out by FSDP2: set fsdp_version: 2 in accelerate's "
-                "configuration. `diffalign recipes accelerate fsdp2` prints one."
-            )
-        return True
-    return False
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed is asked for, whose engine takes the optimiser's step inside the backward pass, so that a step "
+            "that is not finite could not be left out, and keeps its state in pickles. The same saving is there by "
+            "FSDP2: `diffalign recipes accelerate zero2` prints its configuration (gradients and optimiser shared "
+            "out), `... fsdp2` one that shares out the weights too."
+        )
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "FSDP1 is asked for, and diffalign shares weights out by FSDP2: set fsdp_version: 2 in accelerate's "
+            "configuration. `diffalign recipes accelerate fsdp2` prints one."
+        )
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading leaves the text encoders empty on all processes but one, and diffalign "
+            "encodes on all: set it to false in accelerate's configuration."
+        )
+
+
+def _is_set(name: str) -> bool:
+    return bool(str_to_bool(os.environ.get(name, "false")))
 
 
 def check_sharded(config: Any) -> None:
@@ -57,25 +78,36 @@ def check_sharded(config: Any) -> None:
         )
 
 
-def shard(module: nn.Module, accelerator: Accelerator, blocks: Iterable[str]) -> nn.Module:
+def shard(module: nn.Module, accelerator: Accelerator, blocks: Iterable[str], *, trains: bool) -> nn.Module:
     """Share a module's weights out between the processes, in place.
 
     Args:
         module: on the device, whole and the same on every process.
         accelerator: of the run.
         blocks: names of the classes whose weights are brought together at once.
+        trains: it has a backward pass, until which its weights may stay together.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = (plugin.mixed_precision_policy if plugin is not None else None) or MixedPrecisionPolicy()
-    # After every pass, or the next one would find whole weights of before: those of an EMA or a slow copy.
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    short = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    # Weights travel in the type that they are used in, gradients are added up in float32.
+    policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=torch.float32)
+    apart = not trains or bool(str_to_bool(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true")))
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": apart}
     names = set(blocks)
     for child in reversed(list(module.modules())[1:]):
         if type(child).__name__ in names:
             fully_shard(child, **options)
     fully_shard(module, **options)
     return module
+
+
+def take_apart(*modules: nn.Module) -> None:
+    """Let go of weights that are together, before and after other values are put into the parts: the next pass would
+    run on the values of before."""
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from diffalign.training.optimizers import build_optimizer, build_schedule
 from diffalign.training.processes import Presence, lost_contact, process_group
 from diffalign.training.run_folder import open_run_folder
 from diffalign.training.run_log import RunLog, tracker_names
-from diffalign.training.sharding import gradient_norm
+from diffalign.training.sharding import check_launch, gradient_norm
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 class StepLoop(ABC, Generic[Config, Batch]):
-    """Runs optimiser steps. A subclass makes its model and :attr:`batches` and then calls :meth:`make_optimizer`.
-
-    Args:
-        config: the run.
-    """
+    """Runs the steps of a config. A subclass makes its model and :attr:`batches`, and calls :meth:`make_optimizer`."""
 
     method: ClassVar[str]
     usual_causes: ClassVar[str] = ""
@@ -53,6 +49,7 @@ class StepLoop(ABC, Generic[Config, Batch]):
     batches: Batches[Batch]
 
     def __init__(self, config: Config) -> None:
+        check_launch()
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffalign.data.geometry import Geometry
+from diffalign.errors import UserError
 from diffalign.estimation.work import Model, Part, Pass, Phase, RewardModel, Work
 from diffalign.rewards import registry
 from diffalign.training.config import TrainingConfig
@@ -240,6 +241,18 @@ def with_rewarded_images(work: Work, config: Any) -> Work:
         for phase in work.phases
     )
     return replace(work, phases=phases)
+
+
+def sharded(work: Work, processes: int, stay_together: bool) -> Work:
+    """The same work with what trains shared out between processes, see :mod:`diffalign.training.sharding`.
+
+    Raises:
+        UserError: a LoRA trains.
+    """
+    if not work.model.full:
+        raise UserError("only a full fine-tune is shared out (--train_mode full); a LoRA runs by DDP")
+    model = replace(work.model, sharded=True)
+    return replace(work, model=model, shards=processes, stay_together=stay_together)
 
 
 def with_like(work: Work, like: str | None) -> Work:

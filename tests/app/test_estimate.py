@@ -141,3 +141,17 @@ def test_calibration_learns_the_factors_of_a_card(tmp_path: Path) -> None:
 
 def test_the_bundled_calibration_is_complete() -> None:
     assert set(json.loads(CALIBRATION.read_text())["cards"]) <= set(cards())
+
+
+def test_weights_that_are_shared_out(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("shapes-dpo", "--memory_gb", "8", "--train_mode", "full")
+    alone, fsdp2, zero2 = (
+        run(capsys, *flags, *more)["phases"]["step"]["memory"]
+        for more in ((), ("--num_processes", "4", "--shard", "fsdp2"), ("--num_processes", "4", "--shard", "zero2"))
+    )
+    for name in ("trained weights", "gradients", "optimiser state", "reference copy"):
+        assert fsdp2[name] == zero2[name] == pytest.approx(alone[name] / 4, abs=8)
+    assert 0 < fsdp2["weights brought together"] < zero2["weights brought together"]
+    assert zero2["weights brought together"] > alone["trained weights"]
+    assert cli.main(["estimate", "shapes-dpo", "--memory_gb", "8", "--num_processes", "4", "--shard", "fsdp2"]) == 2
+    assert "--train_mode full" in capsys.readouterr().err

@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from diffalign import cli, recipes
 from diffalign.assets import ROOT
 from diffalign.errors import UserError
+from diffalign.pipelines import Family
 from diffalign.trainers import load_method
 from diffalign.training import sharding
 
@@ -71,34 +76,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             own["validation_prompts"] = [own["validation_prompts"]]
         trainer(config(**own)).train()
     half = folder / "dpo-half"
-    first = ["dpo", *words({**dpo, "output_dir": folder / "dpo-two"})]
-    second = ["lcd", *words({**lcd, "output_dir": folder / "lcd-two"})]
-    launch([first, second])
+    launch(folder, [["dpo", *words({**dpo, "output_dir": folder / "dpo-two"})]])
     shutil.copytree(folder / "dpo-two", half)
     for step in (2, 3):
         shutil.rmtree(half / f"checkpoint-{step}")
     shutil.copytree(half, folder / "dpo-alone")
-    launch([["dpo", *words({**dpo, "output_dir": half, "resume_from_checkpoint": "latest"})]])
+    resumed = ["dpo", *words({**dpo, "output_dir": half, "resume_from_checkpoint": "latest"})]
+    # Weights that stay together between the passes must not outlive those that are swapped in: ZeRO-2.
+    launch(
+        folder,
+        [resumed, ["lcd", *words({**lcd, "output_dir": folder / "lcd-two"})]],
+        FSDP_RESHARD_AFTER_FORWARD="false",
+    )
     return folder
 
 
-def launch(arguments: list[list[str]]) -> None:
+def launch(folder: Path, arguments: list[list[str]], **more: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **more}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).with_name("_launched.py")
+    script = folder / "launched.py"
     script.write_text(LAUNCH)
-    try:
-        done = subprocess.run(
-            [*torchrun, str(script), json.dumps(arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-    finally:
-        script.unlink()
+    command = [*torchrun, str(script), json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -158,15 +158,33 @@ class _Two:
 
 
 def test_when_weights_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not sharding.is_sharded(_Two())  # type: ignore[arg-type]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="fsdp_version: 2"):
-        sharding.is_sharded(_Two())  # type: ignore[arg-type]
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert sharding.is_sharded(_Two())  # type: ignore[arg-type]
-    alone = _Two()
+    two, alone = _Two(), _Two()
     alone.num_processes = 1
-    assert not sharding.is_sharded(alone)  # type: ignore[arg-type]
+    assert not sharding.is_sharded(two)  # type: ignore[arg-type]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sharding.is_sharded(two) and not sharding.is_sharded(alone)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "recipes accelerate zero2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading",
+        ),
+    ],
+)
+def test_launches_that_cannot_work_say_so_before_anything_is_loaded(
+    asked: dict[str, str], answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sharding.check_launch()
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    config, trainer = load_method("dpo")
+    with pytest.raises(UserError, match=answer):
+        trainer(config(**{**FULL, "report_to": ["none"], "output_dir": str(tmp_path / "run")}))
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -174,3 +192,29 @@ def test_what_makes_no_sense_is_refused() -> None:
     lora = config(pretrained_model_name_or_path="m", dataset_name="d", output_dir="o")
     with pytest.raises(UserError, match="train_mode: full"):
         sharding.check_sharded(lora)
+
+
+@pytest.mark.parametrize(("name", "kind", "apart"), [("fsdp2", "FSDP", "true"), ("zero2", "FSDP", "false")])
+def test_accelerate_reads_the_configurations_that_come_with_diffalign(name: str, kind: str, apart: str) -> None:
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(recipes.find_launch_config(name)), "-m", "diffalign", "train"]
+    )
+    settled, _, _ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(settled)
+    assert load_config_from_file(settled.config_file).distributed_type == kind
+    assert environment["ACCELERATE_USE_FSDP"] == "true" and environment["FSDP_VERSION"] == "2"
+    assert environment["FSDP_RESHARD_AFTER_FORWARD"] == apart
+    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    blocks = set(environment["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(","))
+    assert blocks == set(Family.shard_blocks)
+
+
+def test_every_configuration_is_one_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert recipes.launch_configs() == ["ddp", "fsdp2", "zero2"]
+    for name in recipes.launch_configs():
+        assert load_config_from_file(str(recipes.find_launch_config(name))).num_processes == 8
+        assert cli.main(["recipes", "accelerate", name]) == 0
+        assert capsys.readouterr().out == recipes.find_launch_config(name).read_text()
+        assert cli.main(["recipes", "accelerate", name, "--path"]) == 0
+        assert capsys.readouterr().out.strip() == str(recipes.find_launch_config(name))
+    assert cli.main(["recipes", "accelerate", "fsdp"]) == 2
