@@ -131,8 +131,8 @@ def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | No
 def hack(records: Sequence[Record]) -> list[str]:
     """What the judge says while a proxy is over-optimised, and where the early stop ends it."""
     lines = [
-        "A proxy over-optimised: AWM on `jpeg_compressibility` without a pull to the reference. Held-out means at the "
-        "start, at the step the checker likes best (`best/`), and at the end.",
+        "A proxy over-optimised: DDPO on `jpeg_compressibility`, without a pull to the reference. Held-out means at "
+        "the start, at the step the checker likes best (`best/`), and at the end.",
         "",
         "| run | seed | best step | last step | jpeg, kB: start | best | end | checker: start | best | end |",
         "|---|---|---|---|---|---|---|---|---|---|",
