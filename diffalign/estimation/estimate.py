@@ -158,7 +158,7 @@ def _phase(work: Work, phase: Phase, card: Card, calibration: Calibration, devic
     seconds: dict[str, float] = {}
     if phase.in_step and card.flops is not None and card.bandwidth is not None:
         for cost, one in zip(costs, phase.passes, strict=True):
-            seconds[one.name] = seconds.get(one.name, 0.0) + one.count * _seconds(cost, card, calibration)
+            seconds[one.name] = seconds.get(one.name, 0.0) + one.count * seconds_of(cost, card, calibration)
         if trains:
             traffic = found.trained * _OPTIMIZER_TRAFFIC // work.shards
             seconds["optimiser"] = traffic / (card.bandwidth * calibration.bandwidth_efficiency)
@@ -172,7 +172,8 @@ def _rewards(work: Work, phase: Phase) -> int:
     return stay + (max(come, default=0) if "rewards" in phase.parts else 0)
 
 
-def _seconds(cost: Cost, card: Card, calibration: Calibration) -> float:
+def seconds_of(cost: Cost, card: Card, calibration: Calibration) -> float:
+    """Time of a pass on a card whose speed is known."""
     assert card.flops is not None and card.bandwidth is not None
     flops = card.flops * calibration.matmul_efficiency
     bandwidth = card.bandwidth * calibration.bandwidth_efficiency

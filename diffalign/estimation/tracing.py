@@ -27,12 +27,11 @@ class Networks:
         self.model = model
         vae = find_configs(model.vae) if model.vae else None
         configs = find_configs(model.path, revision=model.revision, like=model.like)
-        dtype = model.dtype
-        if model.full:
-            dtype = (model.autocast if model.sharded else None) or torch.float32
-        self.skeleton = Skeleton(configs, vae=vae, dtype=dtype)
+        self.skeleton = Skeleton(configs, vae=vae, dtype=torch.float32 if model.full else model.dtype)
         self.family = self.skeleton.family
         self.denoiser = self.skeleton.denoiser()
+        if model.sharded and model.autocast is not None:
+            self.denoiser = nn.Module.to(self.denoiser, model.autocast)
         self.vae = self.skeleton.vae()
         self.text_encoders = self.skeleton.text_encoders()
         with torch.device("meta"):

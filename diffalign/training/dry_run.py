@@ -166,8 +166,7 @@ def _step(trainer: Trainer[Any, Any]) -> str:
     batch, shape = trainer.batches.trial()
     torch.manual_seed(key_seed(trainer.config.seed, "dry run"))
     with ExitStack() as stack:
-        # Shared-out weights are brought together in any case.
-        for module in () if trainer.policy.sharded else trainer.prepared():
+        for module in trainer.prepared():
             stack.enter_context(trainer.accelerator.no_sync(module))
         with trainer.accelerator.autocast():
             loss, _ = trainer.compute_loss(batch)

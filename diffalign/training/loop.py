@@ -137,7 +137,8 @@ class Trainer(StepLoop[Config, Batch]):
         return list(self.policy.parameters.values())
 
     def prepared(self) -> Sequence[nn.Module]:
-        return list(self.policy.prepared.values())
+        # Where weights are shared out, so are gradients after each micro-batch: whole ones would have to be kept.
+        return [] if self.policy.sharded else list(self.policy.prepared.values())
 
     def try_out(self) -> bool:
         config = self.config
