@@ -54,15 +54,16 @@ def main() -> None:
     todo = [(method, seed, data_of(method, args.dataset_name)) for method in args.methods for seed in args.seeds]
     have = set(map(key, records))
     prompts = heldout_prompts(args.images)
-    base: Judgement | None = None
+    bases: dict[float, Judgement] = {}
     console.set_up()
     for method, seed, data in todo:
         if (method, seed, data) in have and not args.again:
             print(f"{method} seed {seed} on {data}: has a record")
             continue
-        if base is None:
-            base = base_judgement(prompts, args.runs)
-        record = measure(method, seed, data, args.runs, prompts, base)
+        guidance = guidance_of(load_yaml(find(f"shapes-{method}")))
+        if guidance not in bases:
+            bases[guidance] = base_judgement(prompts, args.runs, guidance)
+        record = measure(method, seed, data, args.runs, prompts, bases[guidance])
         records = [r for r in records if key(r) != (method, seed, data)] + [record]
         write(args.out, records)
         print(json.dumps({k: record[k] for k in ("method", "seed", "checker_score", "win_rate_annotator")}))
@@ -89,16 +90,21 @@ def prepare(method: str, data: str, runs: Path) -> list[str]:
     return ["--dataset_name", str(folder)]
 
 
-def base_judgement(prompts: list[str], runs: Path) -> Judgement:
+def guidance_of(config: dict[str, Any]) -> float:
+    """The scale that the base model is drawn at: that of a method's own drawing, where it draws to learn."""
+    return float(config["guidance_scale"] if "prompts" in config else GUIDANCE)
+
+
+def base_judgement(prompts: list[str], runs: Path, guidance: float = GUIDANCE) -> Judgement:
     """The base model on the prompts, drawn once and then read from ``runs``: it is the same for every method."""
-    digest = hashlib.sha256(json.dumps([prompts, STEPS, GUIDANCE]).encode())
+    digest = hashlib.sha256(json.dumps([prompts, STEPS, guidance]).encode())
     for weights in sorted(Path(resolve("shapes-sdxl")).rglob("*.safetensors")):
         digest.update(weights.read_bytes())
     path = runs / f"base-{digest.hexdigest()[:12]}.npz"
     if path.exists():
         with np.load(path) as stored:
             return Judgement(stored["checker"], stored["annotator"])
-    base = judge(draw(prompts, progress="base"), prompts)
+    base = judge(draw(prompts, guidance=guidance, progress="base"), prompts)
     runs.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(aside, checker=base.checker, annotator=base.annotator)
@@ -155,7 +161,7 @@ def sampling_of(run: Path) -> dict[str, Any]:
     """How the result is drawn: a distilled one by its own sampler, in its few steps; any other as the base model."""
     config = load_yaml(run / "config.yaml")
     if config.get("validation_scheduler") is None:
-        return {}
+        return {"guidance": guidance_of(config)}
     return {
         "scheduler": config["validation_scheduler"],
         "steps": config["validation_inference_steps"],
