@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -110,8 +111,8 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
 
 
 def samplings(records: list[dict[str, Any]]) -> str:
-    """How images were drawn; methods that distil into few steps are named."""
-    usual = records[0]["sampling"]
+    """How images were drawn; methods that are drawn otherwise than most are named."""
+    usual = Counter(r["sampling"] for r in records).most_common(1)[0][0]
     others = dict.fromkeys((r["method"], r["sampling"]) for r in records if r["sampling"] != usual)
     return "; ".join([usual, *(f"{method} in {how}" for method, how in others)])
 
