@@ -98,7 +98,13 @@ class Bench:
         self.trained: set[tuple[str, int]] = set()
         self.result: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"records": []}
         recipe = load_yaml(find("shapes-lcd"))
-        self.guidance = from_dict(LCDConfig, recipe, "shapes-lcd").middle_guidance_scale
+        distilled = from_dict(LCDConfig, recipe, "shapes-lcd")
+        self.guidance = distilled.middle_guidance_scale
+        # The sampler's grid must be the solver's, or it stops at timesteps that nothing was learnt at.
+        self.sampler = {
+            "original_inference_steps": distilled.num_ddim_timesteps,
+            "timestep_scaling": distilled.timestep_scaling_factor,
+        }
         self.prompts = heldout_prompts(args.images)
         self.reward = load_reward(REWARD)
         self.result |= {
@@ -143,7 +149,7 @@ class Bench:
         pipe = DiffusionPipeline.from_pretrained(resolve(BASE))
         if lora is None:
             return pipe, self.guidance
-        pipe.scheduler = make_scheduler("lcm", pipe.scheduler.config)
+        pipe.scheduler = make_scheduler("lcm", pipe.scheduler.config, **self.sampler)
         pipe.load_lora_weights(str(lora))
         pipe.fuse_lora()
         return pipe, 1.0
@@ -222,7 +228,7 @@ class Bench:
         teacher, guidance = self.pipeline(None)
         student = DiffusionPipeline.from_pretrained(resolve(BASE))
         # A LoRA that is folded into the weights costs nothing, so any student takes the base model's time.
-        student.scheduler = make_scheduler("lcm", student.scheduler.config)
+        student.scheduler = make_scheduler("lcm", student.scheduler.config, **self.sampler)
         ways = {f"teacher {n}": (teacher, n, guidance) for n in TEACHER_STEPS}
         ways |= {f"student {n}": (student, n, 1.0) for n in STUDENT_STEPS}
         taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -164,6 +164,11 @@ def sampling_of(run: Path) -> dict[str, Any]:
         return {"guidance": guidance_of(config)}
     return {
         "scheduler": config["validation_scheduler"],
+        # The sampler's grid must be the solver's, or it stops at timesteps that nothing was learnt at.
+        "scheduler_options": {
+            "original_inference_steps": config["num_ddim_timesteps"],
+            "timestep_scaling": config["timestep_scaling_factor"],
+        },
         "steps": config["validation_inference_steps"],
         "guidance": config["validation_guidance_scale"],
     }

@@ -63,11 +63,18 @@ def trial(recipe: str, settings: list[str], scales: list[float], scheduler: str 
     """Train, draw, judge, print."""
     prompts = captions()
     with tempfile.TemporaryDirectory() as folder:
-        make(recipe, settings, Path(folder), {}).train()
+        trainer = make(recipe, settings, Path(folder), {})
+        trainer.train()
+        # A distilled model's sampler stops where its solver did.
+        sampling = trainer.sampling()
+        options = sampling.options if sampling.scheduler == scheduler else {}
         for scale in scales:
             shapes.GUIDANCE = scale
             base, own = (
-                shapes.judge(shapes.draw(prompts, lora=lora, scheduler=scheduler, batch_size=64), prompts)
+                shapes.judge(
+                    shapes.draw(prompts, lora=lora, batch_size=64, scheduler=scheduler, scheduler_options=options),
+                    prompts,
+                )
                 for lora in (None, Path(folder))
             )
             rates = ", ".join(
