@@ -161,6 +161,32 @@ def spectrum_picture(result: dict[str, Any]) -> str:
     return svg([Panel("power relative to true pictures, powers of ten", "cycles a pixel", lines)])
 
 
+def distil_step_table(result: dict[str, Any]) -> str:
+    """The table of ``benchmarks/distil_step.py``."""
+    lines = [
+        "## A step of distillation against a bare loop",
+        "",
+        "The same method at the same batch: written out on one batch in memory with nothing around it "
+        "(`benchmarks/bare_distil.py`), and by diffalign. Steps are taken in turns; the ratio is the median over "
+        "rounds, in brackets its quartiles. Memory is the peak over steps, each in a process of its own, on a CPU "
+        "with the libraries. The bare loop asks the teacher in two passes instead of one, and decodes the batch at "
+        "once; diffalign decodes `decode_batch_size` images at a time and again in the backward pass, which takes "
+        "more time and the memory of one chunk.",
+        "",
+        "| | bare, a step | diffalign, a step | ratio | bare, peak | diffalign, peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in result["ways"].items():
+        low, high = r["ratio_quartiles"]
+        lines.append(
+            f"| {NAMES[name]} | {r['bare_seconds']:.3f} s | {r['loop_seconds']:.3f} s | "
+            f"{r['ratio']:.3f} [{low:.3f}, {high:.3f}] | {r['bare_peak_mib']:,} MiB | {r['loop_peak_mib']:,} MiB |"
+        )
+    lines += ["", f"```\n{result['command']}\n```", ""]
+    lines += [f"Batches of {result['batch_size']} images. {result['card']}, {result['machine']}. " + versions(result)]
+    return "\n".join(lines) + "\n"
+
+
 def versions(result: dict[str, Any]) -> str:
     """library version, library version."""
     return ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from distil_tables import distil_tables
+from distil_tables import distil_step_table, distil_tables
 from rewards_tables import rewards_tables, rollout_table
 
 ROOT = Path(__file__).parent
@@ -265,6 +265,7 @@ def main() -> None:
         ("rollout", rollout_table),
         ("shapes_rewards", rewards_tables),
         ("shapes_distil", distil_tables),
+        ("distil_step", distil_step_table),
         ("reward_throughput", reward_throughput_table),
     ):
         path = RESULTS / f"{name}.json"
