@@ -15,6 +15,7 @@ class UserError(DiffalignError, ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to ``name``, or "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Return " Did you mean 'x'?" for the known name nearest to ``name`` in any case, or "" if none is near."""
+    by_case = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(name.lower(), by_case, n=1, cutoff=0.6)
+    return f" Did you mean {by_case[near[0]]!r}?" if near else ""

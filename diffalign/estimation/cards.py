@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,8 @@ from diffalign.errors import UserError, did_you_mean
 
 HERE = Path(__file__).parent
 CALIBRATION = HERE / "calibration.json"
+# What a driver puts beside the name of a card and does not change its speed.
+_FORM = re.compile(r"nvidia|geforce|generation|pcie|sxm\d*|hbm\d\w*")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Calibration:
         launch_microseconds: least time of an operation, started one by one from Python.
         reserve_gib: of CUDA and its libraries, beside all tensors.
         fragmentation: share of the peak that the allocator cannot use.
+        memory_error: the worst of a pass against a real one on a CPU, as a share (``benchmarks/estimate_error.py``).
+        time_error: of an image by SDXL, against a published time; as above.
         cards: name -> {"time": factor, "memory": factor, "results": how many, ...}, measured / estimated.
     """
 
@@ -50,6 +55,8 @@ class Calibration:
     launch_microseconds: float
     reserve_gib: float
     fragmentation: float
+    memory_error: float
+    time_error: float
     cards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def factor(self, card: str, what: str) -> float:
@@ -68,7 +75,8 @@ def cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """The card of a name, in any case; a part of the name is enough where it is the part of one only.
+    """The card of a name, in any case; a part of the name is enough where it is the part of one only, and so is what
+    a driver calls the card, such as "NVIDIA A100-SXM4-80GB".
 
     Raises:
         UserError: there is none, or there are several.
@@ -76,6 +84,7 @@ def find_card(name: str) -> Card:
     plain = {_plain(known): known for known in cards()}
     wanted = _plain(name)
     found = [wanted] if wanted in plain else [key for key in plain if wanted and wanted in key]
+    found = found or [key for key, known in plain.items() if _is_called(cards()[known], name)]
     if len(found) == 1:
         return cards()[plain[found[0]]]
     which = [plain[key] for key in found] or list(cards())
@@ -90,6 +99,14 @@ def load_calibration(path: Path = CALIBRATION) -> Calibration:
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("about", None)
     return Calibration(**values)
+
+
+def _is_called(card: Card, name: str) -> bool:
+    """Whether a driver's name is that of a card: all of its words, and else only the form and the memory."""
+    words, own = ({*re.findall(r"[a-z0-9]+", text.lower())} for text in (name, card.name))
+    memory = round(card.memory / 2**30)
+    sizes = {f"{size}gb" for size in range(memory, memory + 3)}
+    return own <= words and all(_FORM.fullmatch(word) or word in sizes for word in words - own)
 
 
 def _plain(name: str) -> str:
