@@ -11,6 +11,7 @@ from typing import Any
 
 from distil_tables import distil_step_table, distil_tables
 from rewards_tables import rewards_tables, rollout_table
+from speed_tables import estimate_error_table, rate_tables, startup_table, step_tables
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -200,6 +201,47 @@ def selection_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def guidance_table(records: list[dict[str, Any]]) -> str:
+    """The table of ``benchmarks/shapes_guidance.py``."""
+    first = records[0]
+    lines = [
+        "## The same models at other guidance",
+        "",
+        f"The trained models of the first table and the base model, both drawn at this guidance scale in "
+        f"{first['inference_steps']} steps; {first['images']} held-out prompts, same seeds; mean over seeds, and in "
+        "brackets the lowest and the highest.",
+        "",
+        "| method | guidance | seeds | checker: base | aligned | win rate by checker | win rate by annotators |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["method"], record["guidance"]), []).append(record)
+    for (method, guidance), runs in groups.items():
+        checker = spread([r["checker_score"] for r in runs])
+        by_checker, by_annotators = (
+            spread([r[f"win_rate_{judge}"][0] for r in runs]) for judge in ("checker", "annotator")
+        )
+        lines.append(
+            f"| {method} | {guidance:g} | {len(runs)} | {runs[0]['base_checker_score']:.3f} | {checker} | "
+            f"{by_checker} | {by_annotators} |"
+        )
+    methods, seeds, scales = (
+        " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted({r[n] for r in records}))
+        for n in ("method", "seed", "guidance")
+    )
+    lines += [
+        "",
+        "```",
+        f"python benchmarks/shapes_guidance.py --methods {methods} --seeds {seeds} --guidance {scales} "
+        "--out benchmarks/results/shapes_guidance.json",
+        "```",
+        "",
+        f"Machine: {first['machine']}. {versions(first)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def reward_accuracy_table(result: dict[str, Any]) -> str:
     """The table of ``benchmarks/reward_accuracy.py``."""
     judges = {
@@ -259,8 +301,13 @@ def main() -> None:
     parts = [HEAD]
     for name, table in (
         ("shapes_methods", methods_table),
+        ("shapes_guidance", guidance_table),
         ("shapes_selection", selection_table),
         ("step_time", step_time_table),
+        ("sdxl_step", step_tables),
+        ("rl_rate", rate_tables),
+        ("startup", startup_table),
+        ("estimate_error", estimate_error_table),
         ("reward_accuracy", reward_accuracy_table),
         ("rollout", rollout_table),
         ("shapes_rewards", rewards_tables),
