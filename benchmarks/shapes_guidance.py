@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0])
     parser.add_argument("--images", type=int, default=1024, help="held-out prompts, one image each and model")
-    parser.add_argument("--runs", type=Path, default=Path("runs/shapes_methods"), help="where shapes_methods.py trained")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/shapes_methods"), help="what shapes_methods.py trained"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file that the records are added to")
     args = parser.parse_args()
 
@@ -69,7 +71,7 @@ def main() -> None:
         records = sorted([*records, record], key=key)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(records, indent=1) + "\n")
-        print(json.dumps({k: record[k] for k in ("method", "seed", "guidance", "checker_score", "win_rate_annotator")}))
+        print(json.dumps({k: record[k] for k in ("method", "seed", "guidance", "win_rate_annotator")}))
 
 
 def key(record: dict[str, Any]) -> tuple[str, int, float]:
