@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 def about(device: torch.device) -> dict[str, Any]:
     """When, on what, with which versions and by which command."""
+    import torch
+
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -46,9 +49,15 @@ def commit() -> str:
 def add_record(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON list, complete or not at all; earlier ones stay."""
     records = json.loads(path.read_text()) if path.exists() else []
+    records = records if isinstance(records, list) else [records]
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps([*records, record], indent=1) + "\n")
     os.replace(aside, path)
+
+
+def last(results: Any) -> dict[str, Any]:
+    """The last record of a file, which may hold one alone."""
+    return results[-1] if isinstance(results, list) else results
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

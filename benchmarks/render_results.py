@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench_record import last
 from distil_tables import distil_step_table, distil_tables
 from rewards_tables import rewards_tables, rollout_table
 from speed_tables import estimate_error_table, rate_tables, startup_table, step_tables
@@ -303,13 +304,13 @@ def main() -> None:
         ("shapes_methods", methods_table),
         ("shapes_guidance", guidance_table),
         ("shapes_selection", selection_table),
-        ("step_time", step_time_table),
+        ("step_time", lambda results: step_time_table(last(results))),
         ("sdxl_step", step_tables),
         ("rl_rate", rate_tables),
         ("startup", startup_table),
         ("estimate_error", estimate_error_table),
         ("reward_accuracy", reward_accuracy_table),
-        ("rollout", rollout_table),
+        ("rollout", lambda results: rollout_table(last(results))),
         ("shapes_rewards", rewards_tables),
         ("shapes_distil", distil_tables),
         ("distil_step", distil_step_table),

@@ -6,7 +6,7 @@
 Both draw the same prompts from the same starting noise with equally many DDIM steps, batch and guidance, to images in
 memory; batches are drawn in turns, so both meet the same machine. A third way keeps every step of the sampler, as DDPO
 needs it. The share of rewards is that of a CLIP-size scorer in a rollout through the trainer, where images are scored
-while the next batch is drawn. On a GPU with real weights:
+while the next batch is drawn. Records are added to the file. On a GPU with real weights:
 
     python benchmarks/rollout.py --model stabilityai/stable-diffusion-xl-base-1.0 --reward pickscore --dtype bf16 \
         --batch_size 4 --steps 30 --decode_batch_size 1
@@ -17,20 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_record import about, add_record
 
 from diffalign.config import from_dict, load_yaml
 from diffalign.diffusion.steps import make_steps
@@ -43,7 +40,6 @@ from diffalign.trainers.awm import AWMConfig, AWMTrainer
 from diffalign.training.loop import DTYPES
 from diffalign.training.rollout import Condition, rollout, starting_noise
 
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 SETTINGS = ("model", "dtype", "batch_size", "steps", "guidance", "rounds", "rollouts")
 BATCHES = 4
 """Batches of a rollout through the trainer."""
@@ -193,18 +189,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {
+    result = about(torch.device(args.device)) | {
         "drawing": drawing(args),
         "rewards": rewards(args),
         "settings": {name: getattr(args, name) for name in SETTINGS},
-        "command": " ".join(["python benchmarks/rollout.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads, {args.device}",
-        "versions": {name: version(name) for name in LIBRARIES},
     }
-    text = json.dumps(result, indent=1, default=float) + "\n"
-    print(text)
+    print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(text)
+        add_record(args.out, result)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from diffalign.data.geometry import Geometry
 from diffalign.data.items import CachedItems
 from diffalign.data.plans import Plan
 from diffalign.data.shards import ShardStore
+from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.skeleton import ARCHITECTURES, Skeleton, find_configs
+from diffalign.pipelines.vae import accept_any_dtype
 from diffalign.trainers import load_method
 from diffalign.training.images import ImageBatches, ImageTrainer
 from diffalign.training.online import OnlineTrainer, Rollout
@@ -69,6 +71,12 @@ def random_encoders(family: Family) -> tuple[Any, list[Any]]:
     skeleton = _skeleton(family.path, family.dtype)
     vae, texts = skeleton.vae(), skeleton.text_encoders()
     return fill(vae, family.device), [fill(encoder, family.device) for encoder in texts.values()]
+
+
+def random_decoder(family: Family, dtype: torch.dtype) -> Any:
+    """The VAE of a family alone, ready to decode."""
+    vae = fill(_skeleton(family.path, family.dtype).vae().to(dtype), family.device)
+    return accept_any_dtype(vae.requires_grad_(False).eval())
 
 
 def random_text(family: Family, count: int) -> dict[str, Tensor]:
@@ -135,7 +143,7 @@ def synthetic_trainer(method: str, family: Family, folder: Path, **settings: Any
         "max_train_steps": 1_000_000,
         "checkpointing_steps": 0,
     }
-    if issubclass(trainer_class, OnlineTrainer):
+    if issubclass(trainer_class, OnlineTrainer) and not trainer_class.needs.steps:
         chosen |= _online_settings(folder, settings)
         return _online(trainer_class)(config_class(**chosen | settings), family)
     if issubclass(trainer_class, PairTrainer):
@@ -144,7 +152,7 @@ def synthetic_trainer(method: str, family: Family, folder: Path, **settings: Any
     elif issubclass(trainer_class, ImageTrainer):
         sides, batches = ("image",), ImageBatches
     else:
-        raise ValueError(f"{method} learns neither from pairs, nor from images, nor from rollouts")
+        raise UserError(f"{method} learns from what only its own sampler draws: measure it by benchmarks/rl_rate.py")
     items = random_items(family, folder / "cache", settings["resolution"], sides)
 
     class Synthetic(trainer_class):  # type: ignore[misc, valid-type]

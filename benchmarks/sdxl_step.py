@@ -10,6 +10,7 @@ Every row is a run of the method's own trainer (``training_step``) on a cache of
 from disk. The plain loop (``plain_loop.py``) is measured beside it for Diffusion-DPO and MaPO, at the same batch, rank
 and kind of checkpointing. Where a row runs out of memory it says so. TFLOP/s are all that a step computes,
 recomputation included, beside what the same device reaches in a large matrix product. Records are added to the file.
+Methods on rewards are measured without drawing; with it by ``rl_rate.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import yaml
 from bench_record import about, add_record, table
 from plain_loop import PlainLoop
 from sdxl_model import random_family, synthetic_trainer
+from speed_tables import STEP_HEAD, step_row
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
@@ -110,8 +112,9 @@ class Device:
 
 @contextmanager
 def phases(trainer: Any, device: Device) -> Iterator[dict[str, float]]:
-    """Seconds of a trainer's forward and backward passes while the context lasts, everything in between waited for."""
-    seconds = {"forward": 0.0, "backward": 0.0}
+    """Seconds of a trainer's forward and backward passes and of its optimiser while the context lasts, everything in
+    between waited for."""
+    seconds = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0}
 
     def timed(run: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -126,10 +129,11 @@ def phases(trainer: Any, device: Device) -> Iterator[dict[str, float]]:
 
     trainer.compute_loss = timed(trainer.compute_loss, "forward")
     trainer.accelerator.backward = timed(trainer.accelerator.backward, "backward")
+    trainer.optimizer.step = timed(trainer.optimizer.step, "optimiser")
     try:
         yield seconds
     finally:
-        del trainer.compute_loss, trainer.accelerator.backward
+        del trainer.compute_loss, trainer.accelerator.backward, trainer.optimizer.step
 
 
 def count_tflop(trainer: Any, stream: Iterator[Any]) -> float:
@@ -241,28 +245,6 @@ def run_all(args: argparse.Namespace, device: Device) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(row: dict[str, Any], ceiling: float) -> list[str]:
-    """A row of the table."""
-    first = [str(row[name]) for name in ("method", "resolution", "batch_size", "rank", "checkpointing", "mode")]
-    if "out_of_memory" in row:
-        return [*first, "out of memory", *[""] * 6]
-    ratio = row.get("ratio_to_plain")
-    return [
-        *first,
-        f"{row['samples_per_second']:.3g}",
-        f"{row['peak_gb']:.1f}",
-        " / ".join(f"{100 * row['share'][name]:.0f}" for name in ("data", "forward", "backward", "rest")),
-        f"{100 * row['waiting_for_data']:.1f} %",
-        f"{row['tflop_per_second']:.3g}",
-        f"{100 * row['tflop_per_second'] / ceiling:.0f} %",
-        f"{ratio:.2f}" if ratio else "",
-    ]
-
-
-HEAD = ("method", "pixels", "batch", "rank", "checkpointing", "mode", "samples/s", "peak GB")
-HEAD += ("data / forward / backward / rest, %", "waiting", "TFLOP/s", "of ceiling", "of the plain loop")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sdxl", help="or a folder or bundled name, for its shapes")
@@ -301,7 +283,7 @@ def main() -> None:
     }
     record["ceiling_tflop_per_second"] = device.ceiling()
     record["rows"] = run_all(args, device)
-    print(table(HEAD, [shown(row, record["ceiling_tflop_per_second"]) for row in record["rows"]]))
+    print(table(STEP_HEAD, [step_row(row, record["ceiling_tflop_per_second"]) for row in record["rows"]]))
     if args.out:
         add_record(args.out, record)
 

@@ -5,22 +5,21 @@
 
 Both train the same LoRA on the bundled model by Diffusion-DPO with batches of the same shape: the bare loop on tensors
 that are in memory already, with nothing else around it. Steps are taken in turns, so both meet the same machine.
+Records are added to the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_record import about, add_record
 from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 
@@ -102,17 +101,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file that the record is added to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = measure(args.steps, args.warmup, args.batch_size) | {
-        "command": "python benchmarks/step_time.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "peft")},
-    }
+    result = about(torch.device("cpu")) | measure(args.steps, args.warmup, args.batch_size)
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        add_record(args.out, result)
 
 
 if __name__ == "__main__":
