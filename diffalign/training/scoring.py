@@ -22,7 +22,6 @@ from diffalign.training.advantages import (
     Scale,
     batch_advantages,
     combined_advantages,
-    group_advantages,
     zero_variance_groups,
 )
 from diffalign.training.groups import Draws
@@ -207,16 +206,21 @@ class RolloutScorer(Scorer):
     def _advantages(
         self, combined: CombinedRewards, whole: Mapping[str, Tensor], tracker: PromptStatTracker
     ) -> Tensor:
-        kind, total, groups = self.config.advantage, combined.total.cpu().float(), whole["group"].long()
-        if kind == "batch":
-            return batch_advantages(total)
-        if kind == "tracker":
-            return tracker.update([str(i) for i in whole["prompt"].long().tolist()], total)
-        scale: Scale = "group" if kind == "group" else "global"
+        kind, groups = self.config.advantage, whole["group"].long()
+        rewards, weights = {"": combined.total.cpu().float()}, {"": 1.0}
         if self.config.combine == "sum" and self.config.normalise_each_reward and len(self.weights) > 1:
-            parts = {name: combined.transformed[name].cpu() for name in self.weights}
-            return combined_advantages(parts, self.weights, groups, scale=scale)
-        return group_advantages(total, groups, scale=scale)
+            rewards, weights = {name: combined.transformed[name].cpu() for name in self.weights}, self.weights
+        if kind in ("group", "global_std"):
+            scale: Scale = "group" if kind == "group" else "global"
+            return combined_advantages(rewards, weights, groups, scale=scale)
+        prompts = whole["prompt"].long().tolist()
+
+        def of_one(name: str, values: Tensor) -> Tensor:
+            if kind == "batch":
+                return batch_advantages(values)
+            return tracker.update([f"{prompt} {name}".strip() for prompt in prompts], values)
+
+        return torch.stack([weights[name] * of_one(name, values) for name, values in rewards.items()]).sum(0)
 
     def _gather(self, draws: Draws, scored: Scored) -> dict[str, Tensor]:
         """Columns of the whole rollout, each (images,) float64, in the order of place, on every process."""
