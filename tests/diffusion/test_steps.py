@@ -24,6 +24,7 @@ SD: dict[str, Any] = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
+FLOW: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
 def pixel(value: float) -> Tensor:
@@ -64,6 +65,8 @@ def test_the_flow_samplers_have_the_values_worked_out_by_hand(
     assert step.mean.item() == pytest.approx(mean, abs=1e-12)
     if log_prob is not None:
         assert step.log_prob(pixel(0.6)).item() == pytest.approx(log_prob, abs=1e-12)
+    else:  # What the authors of CPS take for one: the error alone.
+        assert -((0.6 - step.mean.item()) ** 2) == pytest.approx(-0.0339099364339178, abs=1e-12)
 
 
 def test_dance_with_the_rate_of_flow_grpo_is_flow_grpo() -> None:
@@ -72,10 +75,15 @@ def test_dance_with_the_rate_of_flow_grpo_is_flow_grpo() -> None:
     assert torch.allclose(ours.std, theirs.std, atol=1e-12) and torch.allclose(ours.eps_coef, theirs.eps_coef)
 
 
-def test_log_prob_is_the_mean_of_the_density_of_torch() -> None:
-    steps = make_steps(from_scheduler_config(SD), SD, 10)
+@pytest.mark.parametrize(
+    ("config", "sampler", "eta"),
+    [(SD, "ddim", 1.0), (FLOW, "ddim", 1.0), (FLOW, "flow_sde", 0.7), (FLOW, "dance", 0.3), (FLOW, "cps", 0.8)],
+)
+def test_log_prob_is_the_mean_of_the_density_of_torch(config: dict[str, Any], sampler: Any, eta: float) -> None:
+    steps = make_steps(from_scheduler_config(config), config, 10, sampler, eta)
     pred, x, x_next = torch.randn(3, 2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
     step = steps.step(pred, x, torch.tensor([2, 7]))
+    assert step.mean.dtype == torch.float32
     normal = Normal(step.mean, step.std.reshape(2, 1, 1, 1))
     assert torch.allclose(step.log_prob(x_next), normal.log_prob(x_next).flatten(1).mean(1), atol=1e-6)
     assert step.log_prob(step.mean).shape == (2,)
@@ -109,10 +117,9 @@ def test_every_ddim_step_is_that_of_diffusers(prediction_type: str, spacing: str
 
 
 def test_a_flow_without_noise_is_the_euler_step_of_diffusers() -> None:
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(FLOW)
     scheduler.set_timesteps(8)
-    steps = make_steps(from_scheduler_config(config), config, 8, eta=0.0)
+    steps = make_steps(from_scheduler_config(FLOW), FLOW, 8, eta=0.0)
     assert steps.stochastic == []
     pred, x = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(3)).unbind()
     for i, t in enumerate(scheduler.timesteps):

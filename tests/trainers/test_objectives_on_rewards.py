@@ -85,8 +85,11 @@ def test_diffusion_nft() -> None:
     assert r.item() == pytest.approx(0.7)
     assert optimality(double(-9.0, 0.0, 9.0)).tolist() == [0, 0.5, 1]
     flow = FlowProcess()
-    loss = nft_loss(pixel(-1.3), pixel(-1.4), pixel(0.4), pixel(1.0), double(400.0), r, flow, 0.1)
+    v = pixel(-1.3).requires_grad_()
+    loss = nft_loss(v, pixel(-1.4), pixel(0.4), pixel(1.0), double(400.0), r, flow, 0.1)
     assert loss.item() == pytest.approx(2.08, abs=1e-12)
+    # 50 (0.7 * 2 * 0.1 * 0.4 - 0.3 * 2 * 0.1 * 0.4): both weights are the error itself, and have no gradient.
+    assert torch.autograd.grad(loss.sum(), v)[0].item() == pytest.approx(1.6, abs=1e-12)
     assert (loss + 1e-4 * (pixel(-1.3) - pixel(-1.35)).square().mean()).item() == pytest.approx(2.08000025)
 
 
@@ -114,6 +117,16 @@ def test_nft_moves_towards_what_is_liked_and_away_from_what_is_not(process: Nois
     assert towards_x0.tolist() == [True, False]
     even = nft_loss(pred, pred_old, x_t, x0, t, double(0.5, 0.5), process)
     assert torch.allclose(torch.autograd.grad(even.sum(), pred)[0], torch.zeros(()).double(), atol=1e-12)
+
+
+def test_without_an_advantage_nothing_moves() -> None:
+    value = double(-0.3).requires_grad_()
+    for objective in (
+        clipped_surrogate(value, double(-0.3), double(0.0), 1e-4),
+        score_function(value, double(0.0)),
+        clipped_surrogate(matching_log_prob(-value, 0.5), double(-0.9), double(0.0), 1.0),
+    ):
+        assert torch.autograd.grad(objective.sum(), value)[0].item() == 0
 
 
 def test_weights_of_reward_weighted_regression() -> None:

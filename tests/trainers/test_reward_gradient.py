@@ -117,6 +117,21 @@ def test_refl_differentiates_one_of_the_last_steps_and_takes_its_estimate(monkey
         assert with_grad == calls and x.item() == pytest.approx(1.1 ** len(calls))
 
 
+def test_the_low_variance_form_averages_over_noisings_of_the_final_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    theta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    trainer, with_grad = toy(monkeypatch, theta, gradient="draft_lv", lv_samples=2)
+    trainer.steps.alpha, trainer.steps.sigma = torch.tensor([0.0, 0.5, 0.8, 1.0]), torch.tensor([1.0, 0.8, 0.6, 0.0])
+    noise = iter((0.5, -1.0))
+    monkeypatch.setattr(reward_gradient, "keyed_noise", lambda keys, shape: torch.full((1, *shape), next(noise)))
+    x, _ = trainer._latents(batch(0.0))
+    # The final image 1.1^3 at the level before the last step, and one step of the toy from there.
+    starts = [0.8 * 1.331 + 0.6 * 0.5, 0.8 * 1.331 - 0.6]
+    assert x.flatten().tolist() == pytest.approx([1.1 * start for start in starts], abs=1e-6)
+    assert with_grad == [False, False, False, True, True]
+    x.mean().backward()
+    assert theta.grad is not None and theta.grad.item() == pytest.approx(0.1 * sum(starts) / 2, abs=1e-6)
+
+
 def test_the_gradient_is_that_of_finite_differences(gradient_settings: Settings) -> None:
     trainer = make(gradient_settings(gradient_steps=3, decode_batch_size=1))
     parameters = trainer.policy.parameters.values()
