@@ -230,13 +230,11 @@ class Policy:
         own = [p.data for p in parameters]
         with torch.no_grad():
             # Tensors change places and nothing is copied: in full fine-tuning this is the whole model, each step.
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data = value
+            _put(parameters, values)
             try:
                 yield self._as_in_training(self.modules[self._part])
             finally:
-                for parameter, value in zip(parameters, own, strict=True):
-                    parameter.data = value
+                _put(parameters, own)
 
     @contextmanager
     def _copied_in(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
@@ -360,3 +358,11 @@ class Policy:
         network.load_state_dict(named, assign=True)
         network.save_pretrained(folder)
         return folder
+
+
+def _put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Other values into parameters, without a copy."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+    # Autocast keeps what it has rounded by parameter, and would go on with the values of before.
+    torch.clear_autocast_cache()

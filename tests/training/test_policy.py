@@ -79,3 +79,22 @@ def test_initial_weights_depend_on_the_seed_alone(toy_config: Any, toy_trainer: 
 def test_an_unknown_target_is_an_error_with_a_suggestion(toy_config: Any, toy_trainer: Any) -> None:
     with pytest.raises(UserError, match="to_qq.*to_q"):
         toy_trainer(toy_config(lora_targets=["to_qq"]))
+
+
+def test_in_bf16_the_weights_of_a_copy_are_its_own_and_the_policy_has_its_own_back(trained: Any) -> None:
+    """Autocast rounds each weight once and would go on with that."""
+    trainer, _ = trained
+    policy = trainer.policy
+    policy.add_copy("old")
+    with torch.no_grad():
+        for parameter in policy.parameters.values():
+            parameter.add_(0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = predict(trainer, policy.denoiser)
+    with torch.autocast("cpu", torch.bfloat16):
+        with policy.copy_weights("old") as network:
+            old = predict(trainer, network)
+        assert not torch.equal(old, own)
+        assert torch.equal(predict(trainer, policy.denoiser), own)
+        with policy.copy_weights("old") as network:
+            assert torch.equal(predict(trainer, network), old)
