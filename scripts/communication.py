@@ -29,7 +29,7 @@ STEPS = {
     "all, FSDP2": 13.8,
 }
 """Seconds of a step by `diffalign estimate`: sdxl-dpo-1x24gb on an RTX 4090, then sdxl-dpo-1x80gb on an H100, the last
-three with --train_mode full --gradient_checkpointing."""
+three with --train_mode full --no_save_comfyui_lora --gradient_checkpointing."""
 
 
 def exchanged(numbers: int, kind: str, cards: int, micro_batches: int) -> float:

@@ -139,3 +139,15 @@ def test_pairs_a_second_on_a_hopper_card(bench: ModuleType, sdxl: Any) -> None:
 )
 def test_memory_of_small_cards(bench: ModuleType, sdxl: Any, bound: float, options: dict[str, Any]) -> None:
     assert row(bench, sdxl, **options)["peak_gb"] <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hopper(), reason="the targets are for an H100 or H200")
+@pytest.mark.parametrize(("resolution", "target"), [(1024, 1.5), (512, 4)])
+def test_images_a_second_of_rl_on_a_hopper_card(bench: ModuleType, resolution: int, target: float) -> None:
+    """Drawn in 10 steps without guidance, decoded, scored and learnt from."""
+    rates = importlib.import_module("rl_rate")
+    args = rates.parse(["--methods", "awm", "nft", "--resolutions", str(resolution), "--set", "channels_last=true"])
+    rows = rates.run_all(args, bench.Device("cuda"))
+    assert {row["method"] for row in rows} == {"awm", "nft"}
+    assert all(row["images_per_second"] >= target for row in rows), rows
