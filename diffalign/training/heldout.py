@@ -1,7 +1,8 @@
 """Judging a run on prompts, and by rewards, that it does not train on.
 
 The reward that is trained rises; whether the images get better is what a held-out judge says. The same prompts with
-the same seeds are drawn again and again, without sampling noise, so that evaluations are compared prompt by prompt.
+the same seeds are drawn again and again, without sampling noise or with the same, so that evaluations are compared
+prompt by prompt.
 """
 
 from __future__ import annotations

@@ -153,6 +153,8 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
             self.family.noise_process,
             self.family.scheduler_config,
             config.evaluation_inference_steps or config.num_inference_steps,
+            # A consistency model is no denoiser for another sampler.
+            "lcm" if config.sampler == "lcm" else "ddim",
             eta=0.0,
         )
         with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from diffalign.errors import UserError
 from diffalign.trainers import load_method
 from diffalign.training.heldout import Heldout
+from diffalign.training.rollout import rollout
 from diffalign.training.steps import Stopped
 
 Settings = Callable[..., dict[str, Any]]
@@ -75,6 +77,42 @@ def test_in_bf16_the_ratio_is_one_at_equal_batches_and_nearly_at_others(
     own = {"mixed_precision": "bf16", "rollout_batch_size": batch, "max_train_steps": 2}
     rows = run("ddpo", online_settings(**own))
     assert rows[0]["log_ratio_error"] <= bound
+
+
+def test_in_bf16_the_policy_and_its_slow_copy_are_two(online_settings: Settings) -> None:
+    rows = run("nft", online_settings(mixed_precision="bf16", max_train_steps=2, learning_rate=1e-2))
+    assert rows[0]["distance_to_old"] == 0 < rows[1]["distance_to_old"]
+
+
+def test_images_are_scored_while_the_next_are_drawn(
+    online_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make("awm", online_settings())
+    draw, score, batches, second = trainer._draw, trainer.scorer.score, [], threading.Event()
+
+    def drawn(*args: Any) -> Any:
+        batches.append(args)
+        if len(batches) == 2:
+            second.set()
+        return draw(*args)
+
+    def scored(*args: Any) -> Any:
+        assert second.wait(60), "the first batch must be scored before the second is drawn"
+        return score(*args)
+
+    monkeypatch.setattr(trainer, "_draw", drawn)
+    monkeypatch.setattr(trainer.scorer, "score", scored)
+    assert len(trainer.collect(0).scored.total) == 8
+
+
+def test_a_few_step_sampler_is_judged_by_itself(online_settings: Settings) -> None:
+    own = {"sampler": "lcm", "guidance_scale": 1.0, "heldout_prompts": "shapes-heldout", "num_heldout_prompts": 2}
+    trainer = make("awm", online_settings(**own))
+    prompts, seeds = trainer.heldout.prompts, [0, 1]
+    given = trainer.condition(trainer.encode([prompt.text for prompt in prompts]))
+    drawn = rollout(trainer.family, trainer.family.denoiser, trainer.steps, given, seeds, trainer.latent_shape)
+    assert trainer.steps.timestep_scaling is not None
+    assert torch.allclose(trainer._draw_heldout(prompts, seeds), trainer.decode(drawn.latents), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ddpo", "awm", "nft", "rwr"])

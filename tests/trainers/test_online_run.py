@@ -40,6 +40,7 @@ def test_a_run_resumed_between_rollouts_is_the_run_that_was_not_stopped(
 ) -> None:
     own: dict[str, Any] = {
         "use_ema": True,
+        "rewards": [{"reward": f"{tmp_path}/rewards.py:red", "transform": {"kind": "zscore"}}],
         "advantage": "tracker",
         "tracker_min_count": 2,
         "heldout_prompts": "shapes-heldout",
