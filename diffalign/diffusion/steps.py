@@ -177,6 +177,9 @@ def make_steps(
         return _consistency_steps(process, scheduler_config, num_steps)
     timesteps, alpha, sigma = _grid(process, scheduler_config, num_steps)
     std, eps_coef = coefficients(sampler, alpha, sigma, eta)
+    if sampler == "ddim" and bool((std > sigma[1:] + 1e-9).any()):
+        most = float((eta * sigma[1:] / std)[std > 0].min())
+        raise UserError(f"eta {eta:g} adds more noise than the steps of ddim hold: use 1, or at most {most:.3f}")
     return Steps(process, timesteps, alpha, sigma, std, eps_coef)
 
 

@@ -171,3 +171,13 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         make_steps(process, SD, 4, "flow_sde")
     with pytest.raises(UserError, match="at least 1 step"):
         make_steps(process, SD, 0)
+
+
+def test_more_noise_than_a_step_holds_is_refused_with_the_most_that_it_does() -> None:
+    process = from_scheduler_config(SD)
+    with pytest.raises(UserError, match="eta 1.5 adds more noise") as error:
+        make_steps(process, SD, 10, eta=1.5)
+    most = float(str(error.value).split()[-1])
+    assert 1 < most < 1.5
+    steps = make_steps(process, SD, 10, eta=most - 1e-3)
+    assert bool((steps.std <= steps.sigma[1:]).all())
