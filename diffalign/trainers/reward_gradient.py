@@ -266,8 +266,21 @@ class RewardGradientTrainer(PromptTrainer[RewardGradientConfig, PromptBatch]):
             "data": f"{len(self.prompts):,} prompts of {config.prompts}",
             "steps": f"{self.plan.steps:,}, {self.plan.steps * self.plan.effective_batch:,} images",
             "gradient": f"{config.gradient}: {what[config.gradient]}, guidance {config.guidance_scale:g}",
+            "network": self._passes(),
             "rewards": self.scorer.describe(),
         }
+
+    def _passes(self) -> str:
+        """How much goes through the network in a step, recomputation and reference left out."""
+        config = self.config
+        samples = self.plan.effective_batch * (2 if config.guidance_scale != 1 else 1)
+        steps = {"draft": config.gradient_steps, "draft_lv": config.lv_samples, "refl": 1}
+        with_gradient = steps.get(config.gradient, config.gradient_steps)
+        whole = config.num_inference_steps + (config.lv_samples if config.gradient == "draft_lv" else 0)
+        most = "at most " if config.gradient in ("refl", "alignprop") else ""
+        return (
+            f"{most}{samples * whole:,} samples through it a step, {samples * with_gradient:,} of them with gradient"
+        )
 
 
 def _sum_and_count(values: Tensor) -> Tensor:

@@ -204,3 +204,15 @@ def test_a_full_fine_tune_keeps_a_frozen_copy_only_for_a_pull_to_it(gradient_set
     without, with_one = (make(gradient_settings(**own, kl_beta=beta)) for beta in (0.0, 0.1))
     assert without.policy.frozen_bytes == 0 < with_one.policy.frozen_bytes
     assert with_one.work(with_one.config).frozen_copy and not without.work(without.config).frozen_copy
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"gradient_steps": 2}, " 12 samples through it a step, 8 of them with gradient"),
+        ({"gradient": "draft_lv", "lv_samples": 3}, " 24 samples through it a step, 12 of them with gradient"),
+        ({"gradient": "alignprop", "guidance_scale": 1.0}, "at most 6 samples through it a step, 2 of them"),
+    ],
+)
+def test_what_goes_through_the_network_is_said(own: dict[str, Any], said: str, gradient_settings: Settings) -> None:
+    assert said in make(gradient_settings(**own)).summary()
