@@ -163,12 +163,9 @@ def sampling_of(run: Path) -> dict[str, Any]:
     if config.get("validation_scheduler") is None:
         return {"guidance": guidance_of(config)}
     return {
-        "scheduler": config["validation_scheduler"],
         # The sampler's grid must be the solver's, or it stops at timesteps that nothing was learnt at.
-        "scheduler_options": {
-            "original_inference_steps": config["num_ddim_timesteps"],
-            "timestep_scaling": config["timestep_scaling_factor"],
-        },
+        "scheduler": f"{config['validation_scheduler']}:original_inference_steps={config['num_ddim_timesteps']}:"
+        f"timestep_scaling={config['timestep_scaling_factor']:g}",
         "steps": config["validation_inference_steps"],
         "guidance": config["validation_guidance_scale"],
     }

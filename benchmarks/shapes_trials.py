@@ -3,7 +3,7 @@
 
     python benchmarks/shapes_trials.py shapes-mapo --set beta_mapo=0.1 mapo_temperature=1000 learning_rate=1e-3
     python benchmarks/shapes_trials.py shapes-dpo --guidance 2 5
-    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm --steps 4 --guidance 1
+    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm:original_inference_steps=20 --steps 4 --guidance 1
     python benchmarks/shapes_trials.py shapes-mapo --set mapo_temperature=1000 --margins 640
 
 Trains a recipe with other settings, draws 256 captions with the base model and with the result at each guidance
@@ -63,18 +63,11 @@ def trial(recipe: str, settings: list[str], scales: list[float], scheduler: str 
     """Train, draw, judge, print."""
     prompts = captions()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(recipe, settings, Path(folder), {})
-        trainer.train()
-        # A distilled model's sampler stops where its solver did.
-        sampling = trainer.sampling()
-        options = sampling.options if sampling.scheduler == scheduler else {}
+        make(recipe, settings, Path(folder), {}).train()
         for scale in scales:
             shapes.GUIDANCE = scale
             base, own = (
-                shapes.judge(
-                    shapes.draw(prompts, lora=lora, batch_size=64, scheduler=scheduler, scheduler_options=options),
-                    prompts,
-                )
+                shapes.judge(shapes.draw(prompts, lora=lora, scheduler=scheduler, batch_size=64), prompts)
                 for lora in (None, Path(folder))
             )
             rates = ", ".join(
@@ -89,7 +82,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--guidance", nargs="+", type=float, default=[shapes.GUIDANCE])
-    parser.add_argument("--scheduler", help="lcm, ddim, ...; default: the model's own")
+    parser.add_argument("--scheduler", help="lcm, ddim, ..., with options; default: the model's own")
     parser.add_argument("--steps", type=int, default=shapes.STEPS)
     parser.add_argument("--margins", type=int, metavar="PAIRS")
     parser.add_argument("--threads", type=int, default=1)

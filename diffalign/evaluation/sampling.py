@@ -63,7 +63,9 @@ class DrawConfig:
     num_inference_steps: int = field(30, help="Denoising steps.")
     guidance_scale: float = field(5.0, help="Classifier-free guidance; 1 for none.")
     negative_prompt: str | None = field(None, help="Negative prompt, for all.")
-    scheduler: str | None = field(None, help="Sampler: ddim, euler, dpm++, ... Default: the model's own.")
+    scheduler: str | None = field(
+        None, help="Sampler: ddim, euler, dpm++, lcm:original_inference_steps=20, ... Default: the model's own."
+    )
     height: int | None = field(None, help="Height in pixels. Default: the model's own.")
     width: int | None = field(None, help="Width in pixels. Default: the model's own.")
     batch_size: int = field(4, help="Images drawn at once.")

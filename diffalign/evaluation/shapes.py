@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -35,7 +34,6 @@ def draw(
     lora: Path | None = None,
     lora_scale: float = 1.0,
     scheduler: str | None = None,
-    scheduler_options: Mapping[str, Any] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 32,
@@ -45,8 +43,7 @@ def draw(
 
     Args:
         lora: folder of a LoRA in the diffusers layout; None draws the base model.
-        scheduler: a name of :mod:`diffalign.pipelines.schedulers`; None is the model's own.
-        scheduler_options: arguments of it that differ from its defaults, as a distilled model's card names them.
+        scheduler: a name of :mod:`diffalign.pipelines.schedulers`, with options; None is the model's own.
         steps, guidance: by default :data:`STEPS` and :data:`GUIDANCE`.
         progress: label of a progress bar.
     """
@@ -54,7 +51,7 @@ def draw(
 
     pipe = DiffusionPipeline.from_pretrained(resolve(base))
     if scheduler is not None:
-        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config, **(scheduler_options or {}))
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     if lora is not None:
         pipe.load_lora_weights(str(lora), adapter_name="aligned")
         # Folded into the weights: the same model, an eighth faster here.

@@ -328,6 +328,18 @@ def test_named_schedulers_keep_the_checkpoints_noise_and_never_clip(tiny_sdxl_pa
             family.pipeline(scheduler=name)
 
 
+def test_a_named_scheduler_takes_options() -> None:
+    lcm = make_scheduler("lcm:original_inference_steps=20:timestep_scaling=5", {"beta_end": 0.012})
+    assert (lcm.config.original_inference_steps, lcm.config.timestep_scaling, lcm.config.beta_end) == (20, 5, 0.012)
+    lcm.set_timesteps(4)
+    assert lcm.timesteps.tolist() == [999, 749, 499, 249]
+    for name in ("lcm:original_inference_step=20", "lcm:original_inference_steps"):
+        with pytest.raises(
+            UserError, match="no option=value of LCMScheduler. Did you mean 'original_inference_steps'"
+        ):
+            make_scheduler(name, {})
+
+
 # Fingerprints
 
 
