@@ -74,7 +74,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, theta: Tensor, **config: Any) -> tuple[
     defaults = {"gradient": "draft", "gradient_steps": 1, "kl_beta": 0.0, "checkpoint_steps": False}
     trainer.config = SimpleNamespace(**{**defaults, **config})  # type: ignore[assignment]
     trainer.steps, trainer.latent_shape = ToySteps(), (1, 1, 1)  # type: ignore[assignment]
-    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
     trainer.policy = SimpleNamespace(denoiser=None, evaluating=nullcontext, modules={"unet": None})  # type: ignore[assignment]
     trainer.family = SimpleNamespace(denoiser_part="unet")  # type: ignore[assignment]
     return trainer, with_grad
