@@ -18,11 +18,13 @@ from diffalign.data.geometry import Geometry
 from diffalign.data.items import CachedItems
 from diffalign.data.plans import Plan
 from diffalign.data.shards import ShardStore
+from diffalign.diffusion.consistency import solver_grid
 from diffalign.errors import UserError
 from diffalign.pipelines.base import Family
 from diffalign.pipelines.skeleton import ARCHITECTURES, Skeleton, find_configs
 from diffalign.pipelines.vae import accept_any_dtype
 from diffalign.trainers import load_method
+from diffalign.trainers.lcd import LCDBatches, LCDTrainer
 from diffalign.training.images import ImageBatches, ImageTrainer
 from diffalign.training.online import OnlineTrainer, Rollout
 from diffalign.training.pair_loss import PairTrainer
@@ -149,17 +151,29 @@ def synthetic_trainer(method: str, family: Family, folder: Path, **settings: Any
     if issubclass(trainer_class, PairTrainer):
         sides: tuple[str, ...] = ("chosen", "rejected")
         batches: Any = PairBatches
-    elif issubclass(trainer_class, ImageTrainer):
+    elif trainer_class is LCDTrainer:
+        sides, batches = ("image",), _lcd_batches
+    elif issubclass(trainer_class, ImageTrainer) and not issubclass(trainer_class, LCDTrainer):
         sides, batches = ("image",), ImageBatches
     else:
-        raise UserError(f"{method} learns from what only its own sampler draws: measure it by benchmarks/rl_rate.py")
+        raise UserError(
+            f"{method} learns from what its own sampler draws, or from rewards of decoded images: "
+            "benchmarks/rl_rate.py and benchmarks/distil_step.py measure such methods"
+        )
     items = random_items(family, folder / "cache", settings["resolution"], sides)
 
     class Synthetic(trainer_class):  # type: ignore[misc, valid-type]
         def make_batches(self) -> Any:
+            if trainer_class is LCDTrainer:
+                self.unconditional = {name: v.to(family.device) for name, v in random_text(family, 1).items()}
             return batches(items, self.config, self.family, self.accelerator)
 
     return Synthetic(config_class(**chosen | {"dataset_name": "random"} | settings), family)
+
+
+def _lcd_batches(items: CachedItems, config: Any, family: Family, accelerator: Any) -> LCDBatches:
+    grid = solver_grid(family.noise_process, config.num_ddim_timesteps)
+    return LCDBatches(items, config, family, accelerator, grid)
 
 
 def _online_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
