@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.diffusion.consistency import consistency_function, solver_grid, solver_step
@@ -18,16 +19,17 @@ from diffalign.diffusion.steps import make_steps
 from diffalign.errors import UserError
 from diffalign.trainers import lcd, load_method
 from diffalign.trainers.lcd import TARGET, LCDConfig, LCDTrainer, lcd_loss
+from diffalign.trainers.rg_lcd import rg_lcd_losses
 from diffalign.training import validation
 
 
 @pytest.fixture
-def start(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> Any:
-    """A trainer on the nine chosen images of pairs; keyword arguments override."""
+def start(request: pytest.FixtureRequest, pairs_folder: Path, tmp_path: Path) -> Any:
+    """A trainer of a tiny model, on the nine chosen images of pairs; keyword arguments override."""
 
-    def make(**overrides: Any) -> LCDTrainer[Any]:
+    def make(model: str = "tiny_sdxl_path", **overrides: Any) -> LCDTrainer[Any]:
         settings: dict[str, Any] = {
-            "pretrained_model_name_or_path": tiny_sdxl_path,
+            "pretrained_model_name_or_path": request.getfixturevalue(model),
             "dataset_name": str(pairs_folder),
             "cache_dir": str(tmp_path / "cache"),
             "output_dir": str(tmp_path / "run"),
@@ -45,7 +47,7 @@ def start(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> Any:
     return make
 
 
-FULL = {"train_mode": "full", "unet_time_cond_proj_dim": 16, "learning_rate": 1e-3}
+FULL: dict[str, Any] = {"train_mode": "full", "unet_time_cond_proj_dim": 16, "learning_rate": 1e-3}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -78,7 +80,17 @@ def by_hand(trainer: LCDTrainer[Any], batch: lcd.LCDBatch) -> tuple[Tensor, Tens
     )
 
 
-@pytest.mark.parametrize("options", [{}, FULL, {"cache_latents": False, "use_ema": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        FULL,
+        {"cache_latents": False, "use_ema": True},
+        {"model": "tiny_sd_path"},
+        {"model": "tiny_sd_v_path", **FULL},
+    ],
+    ids=["lora", "full", "ema", "sd", "sd v full"],
+)
 def test_the_student_starts_as_its_teachers_one_step_prediction(start: Any, options: dict[str, Any]) -> None:
     trainer = start(**options)
     batch = first_batch(trainer)
@@ -203,11 +215,14 @@ def drawn_by_diffusers(pipe: Any, prompt: str, num_steps: int, guidance_scale: f
     ).images
 
 
-def test_plain_diffusers_draws_with_the_lora_what_we_draw(start: Any, tiny_sdxl_path: str, tmp_path: Path) -> None:
-    trainer = start(save_comfyui_lora=True)
+@pytest.mark.parametrize("model", ["tiny_sdxl_path", "tiny_sd_v_path"])
+def test_plain_diffusers_draws_with_the_lora_what_we_draw(
+    start: Any, model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    trainer = start(model, save_comfyui_lora=True)
     run = trainer.train()
     for file in ("pytorch_lora_weights.safetensors", "run_comfyui.safetensors"):
-        pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_path)
+        pipe = DiffusionPipeline.from_pretrained(request.getfixturevalue(model))
         base = drawn_by_diffusers(pipe, "a red circle", 4)
         pipe.load_lora_weights(str(run), weight_name=file)
         for num_steps in (1, 4):
@@ -262,8 +277,20 @@ SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_st
 PEAKS, SPREAD = torch.tensor([-1.0, 1.0]), 0.2
 
 
-def test_a_toy_student_draws_two_peaks_in_one_step_and_two() -> None:
-    """The exact denoiser of two peaks is the teacher; one step of it lands between them."""
+@dataclass
+class Toy:
+    """What a student learnt of two peaks: distances to the data, mean samples, and losses of each step."""
+
+    before: tuple[float, float]
+    after: tuple[float, float]
+    """Earth mover's distance of samples in one step and in two."""
+    mean: float
+    """Of samples in two steps."""
+    losses: list[float]
+
+
+def distil_two_peaks(reward_scale: float = 0.0) -> Toy:
+    """The exact denoiser of two peaks is the teacher; one step of it lands between them. The reward is x itself."""
     process, generator = from_scheduler_config(SD), torch.Generator().manual_seed(0)
     grid = solver_grid(process, 20)
 
@@ -289,14 +316,16 @@ def test_a_toy_student_draws_two_peaks_in_one_step_and_two() -> None:
         return teacher(x, t) + change(torch.cat([x, *known], -1))
 
     @torch.no_grad()
-    def error(num_steps: int) -> float:
-        """Earth mover's distance of samples to the data."""
+    def draw(num_steps: int) -> Tensor:
         steps, own = make_steps(process, SD, num_steps, "lcm"), torch.Generator().manual_seed(5)
         x = torch.randn(4096, 1, 1, 1, generator=own)
         for i in range(num_steps):
             index = torch.full((len(x),), i)
             x = steps.step(student(x, steps.timesteps[index]), x, index).sample(torch.randn(x.shape, generator=own))
-        return (x.flatten().sort()[0] - data(4096).flatten().sort()[0]).abs().mean().item()
+        return x.flatten().sort()[0]
+
+    def error(num_steps: int) -> float:
+        return (draw(num_steps) - data(4096).flatten().sort()[0]).abs().mean().item()
 
     before = error(1), error(2)
     optimizer, losses = torch.optim.Adam(change.parameters(), lr=2e-2), []
@@ -309,15 +338,26 @@ def test_a_toy_student_draws_two_peaks_in_one_step_and_two() -> None:
         x_previous = solver_step(process, epsilon, epsilon, torch.zeros(256), x_t, t, previous)
         with torch.no_grad():
             target = consistency_function(process, student(x_previous, previous), x_previous, previous)
-        loss = lcd_loss(consistency_function(process, student(x_t, t), x_t, t), target).mean()
+        predicted = consistency_function(process, student(x_t, t), x_t, t)
+        distillation = lcd_loss(predicted, target)
         optimizer.zero_grad()
-        loss.backward()
+        rg_lcd_losses(distillation, predicted.flatten(), reward_scale).mean().backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-    after = error(1), error(2)
-    assert after[0] < before[0] / 2 and after[1] < before[1] / 2, (before, after)
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+        losses.append(distillation.mean().item())
+    return Toy(before, (error(1), error(2)), draw(2).mean().item(), losses)
+
+
+def test_a_toy_student_draws_two_peaks_in_one_step_and_two() -> None:
+    toy = distil_two_peaks()
+    assert toy.after[0] < toy.before[0] / 2 and toy.after[1] < toy.before[1] / 2, toy
+    assert sum(toy.losses[-20:]) < 0.7 * sum(toy.losses[:20])
+
+
+def test_a_reward_moves_the_toy_students_samples_and_it_stays_consistent() -> None:
+    plain, guided = distil_two_peaks(), distil_two_peaks(0.3)
+    assert guided.mean > plain.mean + 0.1, (plain.mean, guided.mean)
+    assert sum(guided.losses[-20:]) < sum(guided.losses[:20])
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
