@@ -267,9 +267,10 @@ def test_impossible_settings_are_refused(start: Start) -> None:
 # Resuming, and the judge --------------------------------------------------------------------------------------------
 
 
-def test_a_run_resumed_is_the_run_that_was_not_stopped(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [{"decode_batch_size": 1}, PROXY], ids=["direct", "proxy"])
+def test_a_run_resumed_is_the_run_that_was_not_stopped(start: Start, tmp_path: Path, way: dict[str, Any]) -> None:
     own: dict[str, Any] = {
-        **PROXY,
+        **way,
         "max_train_steps": 2,
         "checkpointing_steps": 1,
         "train_batch_size": 1,
@@ -286,7 +287,7 @@ def test_a_run_resumed_is_the_run_that_was_not_stopped(start: Start, tmp_path: P
     for theirs, ours in zip(rows(whole), rows(again), strict=True):
         assert all(ours[key] == value for key, value in theirs.items() if "second" not in key)
     assert equal(weights(whole), weights(again))
-    for name in ("proxy.safetensors", "policy.safetensors"):
+    for name in ("policy.safetensors", *(["proxy.safetensors"] if "proxy" in way else [])):
         assert equal(*(load_file(run / "checkpoint-2" / name) for run in (whole, again))), name
     assert (whole / "heldout.jsonl").read_text() == (again / "heldout.jsonl").read_text()
     assert (whole / "best" / "step.json").is_file() and (whole / "heldout.jsonl").read_text().count("\n") == 3
