@@ -20,7 +20,8 @@ _NOT_NEEDED = {"output_dir": "-", "dataset_name": "-"}
 
 
 def calibrate(results: Path, out: Path = CALIBRATION) -> list[str]:
-    """Write the factors of each card in the results of ``benchmarks/sdxl_step.py``; returns a line for each card.
+    """Write the factors of each card in the results of ``benchmarks/sdxl_step.py``; returns a line for each card, and
+    for each that is not known.
 
     Rows of methods on rollouts, of compiled runs and of selective checkpointing are left out: their step is measured
     without the rollout, or their blocks are not in the row.
@@ -37,20 +38,25 @@ def calibrate(results: Path, out: Path = CALIBRATION) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"{results}: cannot be read as results of benchmarks/sdxl_step.py: {error}") from error
     ratios: dict[str, list[tuple[float, float]]] = {}
+    unknown = []
     for record in records:
         if record.get("card") == "CPU":
             continue
-        card = find_card(record["card"]).name
+        try:
+            card = find_card(record["card"]).name
+        except UserError as error:
+            unknown.append(f"left out: {error}")
+            continue
         pairs = [_ratios(row, record, card) for row in record["rows"] if _usable(row)]
         ratios.setdefault(card, []).extend(pair for pair in pairs if pair is not None)
     ratios = {card: pairs for card, pairs in ratios.items() if pairs}
     if not ratios:
-        raise UserError(f"{results}: no row of an eager run on a card that `--card list` knows")
+        raise UserError("\n".join([f"{results}: no row of an eager run on a card that `--card list` knows", *unknown]))
     values = json.loads(out.read_text(encoding="utf-8"))
     for card, found in ratios.items():
         values["cards"][card] = _factors(found)
     write_text(out, json.dumps(values, indent=2) + "\n")
-    return [_say(card, values["cards"][card]) for card in ratios]
+    return [*(_say(card, values["cards"][card]) for card in ratios), *dict.fromkeys(unknown)]
 
 
 def _usable(row: Mapping[str, Any]) -> bool:

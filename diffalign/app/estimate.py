@@ -63,11 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
     card, calibration = choose_card(given.card, given.memory_gb, recipe), load_calibration()
     found = estimate(work(config), card, calibration)
-    if given.json:
-        print(json.dumps(as_dict(found), indent=2))
-        return 0
     options = [] if found.fits else what_would_fit(config, work, card, calibration)
-    print(report(found, calibration, options))
+    print(json.dumps(as_dict(found, options), indent=2) if given.json else report(found, calibration, options))
     return 0
 
 

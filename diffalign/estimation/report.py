@@ -32,8 +32,9 @@ def one_line(found: Estimate) -> str:
     return f"{text}; {speed} on one {found.card.name}"
 
 
-def as_dict(found: Estimate) -> dict[str, object]:
+def as_dict(found: Estimate, options: Sequence[tuple[str, Estimate]] = ()) -> dict[str, object]:
     """What :func:`report` says, for programs: bytes and seconds."""
+    rate = f"{found.work.unit}s_per_second"
     return {
         "card": found.card.name,
         "card_bytes": round(found.card.memory),
@@ -44,10 +45,13 @@ def as_dict(found: Estimate) -> dict[str, object]:
         "shapes_from": found.source,
         "tflop_per_step": found.flops / 1e12,
         "step_seconds": found.step_seconds,
-        f"{found.work.unit}s_per_second": found.samples_per_second,
+        rate: found.samples_per_second,
         "run_seconds": found.run_seconds,
         "phases": {p.name: {"memory": p.memory, "seconds": p.seconds} for p in found.phases},
         "calibrated": found.memory_factor != 1 or found.time_factor != 1,
+        "would_fit_with": [
+            {"settings": name, "needed_bytes": other.needed, rate: other.samples_per_second} for name, other in options
+        ],
     }
 
 

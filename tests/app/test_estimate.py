@@ -63,6 +63,25 @@ def test_a_run_that_does_not_fit_is_told_what_would_and_that_is_true() -> None:
     assert all(found.fits for _, found in options)
 
 
+def test_the_command_says_what_would_fit_and_then_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["shapes-dpo", "--memory_gb", "1", "--train_batch_size", "64", "--validation_prompts", "none"]
+    assert cli.main(["estimate", *words]) == 0
+    text = capsys.readouterr().out
+    assert "does not fit: needs" in text and "in the phase 'step'" in text
+    assert "It would with:\n  gradient_checkpointing: true  (" in text
+    found = run(capsys, *words)
+    assert not found["fits"]
+    first = found["would_fit_with"][0]
+    assert first["settings"] == "gradient_checkpointing: true" and first["needed_bytes"] < found["card_bytes"]
+    better = run(capsys, *words, "--gradient_checkpointing")
+    assert better["fits"] and better["would_fit_with"] == [] and better["needed_bytes"] == first["needed_bytes"]
+
+
+def test_an_unknown_card_is_an_error_that_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "shapes-dpo", "--card", "rtx 4091"]) == 2
+    assert "Did you mean 'RTX 4090'?" in capsys.readouterr().err
+
+
 def test_two_passes_need_less_than_one() -> None:
     config, work = read("shapes-dpo", ["--no_gradient_checkpointing"])
     apart, _ = read("shapes-dpo", ["--no_gradient_checkpointing", "--two_pass_gradient"])
@@ -123,9 +142,11 @@ def test_calibration_learns_the_factors_of_a_card(tmp_path: Path) -> None:
         rows.append({**row, "checkpointing": checkpointing})
     rows.append({**rows[0], "out_of_memory": True})
     results, out = tmp_path / "results.json", tmp_path / "calibration.json"
-    results.write_text(json.dumps([{"card": "NVIDIA H200", "model": "shapes-sdxl", "settings": {}, "rows": rows}]))
+    record = {"card": "NVIDIA H200", "model": "shapes-sdxl", "settings": {}, "rows": rows}
+    results.write_text(json.dumps([{**record, "card": "NVIDIA Voodoo 2"}, record]))
     out.write_bytes(CALIBRATION.read_bytes())
-    assert len(calibrate(results, out)) == 1
+    said, left_out = calibrate(results, out)
+    assert said.startswith("H200: 2 results") and "'NVIDIA Voodoo 2' is not one of" in left_out
     learnt = load_calibration(out)
     assert learnt.cards["H200"]["results"] == 2
     assert learnt.factor("H200", "time") == pytest.approx(1.5, rel=1e-3)

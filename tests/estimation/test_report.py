@@ -99,7 +99,9 @@ def test_one_line_of_a_card_without_a_speed() -> None:
 
 
 def test_programs_are_told_the_same_in_bytes_and_seconds() -> None:
-    found = json.loads(json.dumps(as_dict(made(memory_factor=1.5))))
+    option = ("rank: 4", made(needed=4 * GIB))
+    found = json.loads(json.dumps(as_dict(made(memory_factor=1.5), [option])))
+    assert found["would_fit_with"] == [{"settings": "rank: 4", "needed_bytes": 4 * GIB, "pairs_per_second": 4}]
     assert found["peak_bytes"] == 6 * GIB and found["needed_bytes"] == 5 * GIB and found["card_bytes"] == 6 * GIB
     assert found["fits"] is True and found["calibrated"] is True
     assert found["step_seconds"] == 2 and found["pairs_per_second"] == 4 and found["run_seconds"] == 7200
