@@ -66,16 +66,17 @@ def methods_table(records: list[dict[str, Any]]) -> str:
 
 
 def commands(records: list[dict[str, Any]]) -> list[str]:
-    """What to run for the records, a line for each set of pairs."""
+    """What to run for the records, a line for each set of pairs and other settings."""
     lines = []
-    for data in dict.fromkeys(data_of(r) for r in records):
-        own = [r for r in records if data_of(r) == data]
+    for data, flags in sorted({(data_of(r), flags_of(r)) for r in records}):
+        own = [r for r in records if (data_of(r), flags_of(r)) == (data, flags)]
         methods = " ".join(dict.fromkeys(r["method"] for r in own))
         seeds = " ".join(str(s) for s in sorted({r["seed"] for r in own}))
         lines.append(
             f"python benchmarks/shapes_methods.py --methods {methods} --seeds {seeds} "
             + ("" if data == "shapes-pairs" else f"--dataset_name {data} ")
             + "--out benchmarks/results/shapes_methods.json"
+            + (f" {flags}" if flags else "")
         )
     return lines
 
@@ -85,16 +86,21 @@ def data_of(record: dict[str, Any]) -> str:
     return str(record.get("data", "shapes-pairs"))
 
 
+def flags_of(record: dict[str, Any]) -> str:
+    """The settings of a record that are not its recipe's."""
+    return str(record.get("flags", ""))
+
+
 def summary_rows(records: list[dict[str, Any]]) -> list[str]:
     """One row for each method and its pairs, in the order of the records."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in records:
-        runs.setdefault((record["method"], data_of(record)), []).append(record)
+        runs.setdefault((record["method"], data_of(record), flags_of(record)), []).append(record)
     # Runs shared their machine with other work; steps were timed beside each other, by benchmarks/method_steps.py.
     path = RESULTS / "method_steps.json"
     steps = json.loads(path.read_text())["methods"] if path.exists() else {}
     lines = []
-    for (method, data), group in runs.items():
+    for (method, data, flags), group in runs.items():
         checker, by_checker, by_annotators = (
             spread([value(r) for r in group])
             for value in (
@@ -106,8 +112,8 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
         memory, passes = (mean(r[name] for r in group) for name in ("peak_memory_mib", "policy_forward_passes"))
         step = f"{steps[method]['ratio']:.2f}" if method in steps else ""
         lines.append(
-            f"| {method} | {Path(data).name} | {len(group)} | {checker} | {by_checker} | {by_annotators} | "
-            f"{passes:,.0f} | {step} | {memory:,.0f} MiB |"
+            f"| {' '.join([method, flags]).strip()} | {Path(data).name} | {len(group)} | {checker} | {by_checker} | "
+            f"{by_annotators} | {passes:,.0f} | {step} | {memory:,.0f} MiB |"
         )
     return lines
 
@@ -121,8 +127,8 @@ def samplings(records: list[dict[str, Any]]) -> str:
 
 def label(record: dict[str, Any]) -> str:
     """The method, and its pairs where they are not the bundled ones."""
-    data = data_of(record)
-    return record["method"] if data == "shapes-pairs" else f"{record['method']} on {Path(data).name}"
+    data, name = data_of(record), " ".join([record["method"], flags_of(record)]).strip()
+    return name if data == "shapes-pairs" else f"{name} on {Path(data).name}"
 
 
 def spread(values: list[float]) -> str:

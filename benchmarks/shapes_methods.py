@@ -2,12 +2,13 @@
 """Does each method move what it promises to move? On the shapes world, held-out prompts, same seeds, several runs.
 
     python benchmarks/shapes_methods.py --methods dpo mapo --seeds 0 1 2 --out benchmarks/results/shapes_methods.json
+    python benchmarks/shapes_methods.py --methods bdpo --out ... --bdpo_lambda 0.9
 
 Trains every method with its recipe ``shapes-<method>`` and every seed, in a process of its own, draws the held-out
 prompts with the base model and with the result, and adds one record to the file. A record that is there is kept and
 its run not repeated; ``--again`` repeats it. ``--dataset_name`` trains on other pairs than the recipe's. For methods
-that need captions of single images they are made first. ``python benchmarks/render_results.py`` makes docs/results.md
-of the file.
+that need captions of single images they are made first. Flags that are not known here go to training; what was
+trained with them has a row of its own. ``python benchmarks/render_results.py`` makes docs/results.md of the file.
 """
 
 from __future__ import annotations
@@ -48,30 +49,30 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_methods"), help="folder of the training runs")
     parser.add_argument("--dataset_name", default="shapes-pairs", help="preferences to train on")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a record")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
     todo = [(method, seed, data_of(method, args.dataset_name)) for method in args.methods for seed in args.seeds]
-    have = set(map(key, records))
+    have, flags = set(map(key, records)), " ".join(more)
     prompts = heldout_prompts(args.images)
     bases: dict[float, Judgement] = {}
     console.set_up()
     for method, seed, data in todo:
-        if (method, seed, data) in have and not args.again:
+        if (method, seed, data, flags) in have and not args.again:
             print(f"{method} seed {seed} on {data}: has a record")
             continue
         guidance = guidance_of(load_yaml(find(f"shapes-{method}")))
         if guidance not in bases:
             bases[guidance] = base_judgement(prompts, args.runs, guidance)
-        record = measure(method, seed, data, args.runs, prompts, bases[guidance])
-        records = [r for r in records if key(r) != (method, seed, data)] + [record]
+        record = measure(method, seed, data, args.runs, prompts, bases[guidance], more)
+        records = [r for r in records if key(r) != (method, seed, data, flags)] + [record]
         write(args.out, records)
         print(json.dumps({k: record[k] for k in ("method", "seed", "checker_score", "win_rate_annotator")}))
 
 
-def key(record: dict[str, Any]) -> tuple[str, int, str]:
+def key(record: dict[str, Any]) -> tuple[str, int, str, str]:
     """What tells records apart."""
-    return record["method"], record["seed"], record.get("data", "shapes-pairs")
+    return record["method"], record["seed"], record.get("data", "shapes-pairs"), record.get("flags", "")
 
 
 def data_of(method: str, pairs: str) -> str:
@@ -116,7 +117,8 @@ def measure(
     method: str, seed: int, data: str, runs: Path, prompts: list[str], base: Judgement, more: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Train one method with one seed (``more`` are flags of training), draw, judge; returns the record."""
-    run = runs / (f"{method}-{seed}" if data == "shapes-pairs" else f"{method}-{Path(data).stem}-{seed}")
+    words = [method, *([] if data == "shapes-pairs" else [Path(data).stem]), *(word.strip("-") for word in more)]
+    run = runs / "-".join([*words, str(seed)])
     command = [sys.executable, "-m", "diffalign", "train", "--config", f"shapes-{method}"]
     command += [*prepare(method, data, runs), "--seed", str(seed)]
     command += ["--output_dir", str(run), "--overwrite_output_dir", *more]
@@ -134,6 +136,7 @@ def measure(
         "method": method,
         "seed": seed,
         "data": data,
+        **({"flags": " ".join(more)} if more else {}),
         "images": len(prompts),
         "sampling": f"{sampling.get('steps', STEPS)} steps, guidance {sampling.get('guidance', GUIDANCE):g}",
         "base_checker_score": round(float(base.checker.mean()), 4),
