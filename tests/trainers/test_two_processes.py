@@ -58,6 +58,13 @@ def words(settings: dict[str, Any]) -> list[str]:
         # kl is estimated on the images of both processes, or the losses would differ from the second step on.
         ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
         ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
+        # Through the decoder, whose chunks are decoded again in the backward pass. Very noisy images have no reward,
+        # so the processes ask it about different numbers of them.
+        (
+            "rg_lcd",
+            {"rewards": "shapes-clip", "reward_scale": 0.2, "reward_max_timestep": 599, "decode_batch_size": 1},
+            ("distillation", "reward", "saturated_pixels"),
+        ),
         # Three of four images teach the proxy, and need not be spread evenly over the processes.
         (
             "rg_lcd",
