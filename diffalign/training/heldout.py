@@ -171,12 +171,19 @@ def append_row(path: Path, row: Mapping[str, Any], step: int) -> None:
 
 
 def keep_best(folder: Path, export: Callable[[Path], Any], step: int) -> None:
-    """Write the policy as the best so far, aside first: what is called ``best`` is complete."""
-    aside, final = folder / f".{BEST}", folder / BEST
-    shutil.rmtree(aside, ignore_errors=True)
+    """Write the policy as the best so far, aside first: what is called ``best`` is complete.
+
+    The one before is deleted when the new one is in its place; what a run killed between the two left is put back.
+    """
+    aside, final, before = folder / f".{BEST}", folder / BEST, folder / f".{BEST}-before"
+    if before.exists() and not final.exists():
+        os.replace(before, final)
+    for left in (aside, before):
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     export(aside)
     (aside / "step.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, before)
     os.replace(aside, final)
+    shutil.rmtree(before, ignore_errors=True)

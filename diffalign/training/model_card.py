@@ -49,7 +49,6 @@ def write_model_card(
         config, method, paper, plan, output_dir: of the run.
         sampling: how the result must be drawn, if it asks for a scheduler; else the pipeline's own defaults are left.
     """
-    prompts = config.validation_prompts or []
     rewards = "".join(f"\n- {_reward(reward)}" for reward in getattr(config, "rewards", []))
     rewards = f"\nRewards:\n{rewards}\n" if rewards else ""
     settings = to_dict(config)
@@ -92,19 +91,23 @@ diffalign train {method} --config config.yaml --output_dir NEW_FOLDER{anew}
 {paper}
 ```
 """
+    card = ModelCard(f"---\n{_front_matter(config, method, dataset).to_yaml()}\n---\n{text}")
+    path = output_dir / "README.md"
+    card.save(path)
+    return path
+
+
+def _front_matter(config: TrainingConfig, method: str, dataset: str | None) -> ModelCardData:
+    """What the hub files the model under."""
     tags = ["text-to-image", "diffusers", "diffusers-training", "diffalign", method]
-    front = ModelCardData(
+    return ModelCardData(
         base_model=config.pretrained_model_name_or_path,
         library_name="diffusers",
         license="other",
         tags=tags + (["lora"] if config.train_mode == "lora" else []),
         datasets=[dataset] if dataset else None,
-        widget=[{"text": prompt} for prompt in prompts] or None,
+        widget=[{"text": prompt} for prompt in config.validation_prompts or []] or None,
     )
-    card = ModelCard(f"---\n{front.to_yaml()}\n---\n{text}")
-    path = output_dir / "README.md"
-    card.save(path)
-    return path
 
 
 def _reward(reward: Any) -> str:

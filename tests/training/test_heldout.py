@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.training.heldout import Heldout, append_row
+from diffalign.training.heldout import Heldout, append_row, keep_best
 from diffalign.training.online_config import PromptConfig
 
 PROMPTS = 24
@@ -139,3 +139,28 @@ def test_rows_of_a_run_that_went_further_are_dropped(tmp_path: Path) -> None:
         {"step": 0, "value": 1},
         {"step": 4, "value": 4},
     ]
+
+
+def test_the_best_so_far_is_there_until_a_better_one_is_whole(tmp_path: Path) -> None:
+    def export(text: str) -> Callable[[Path], Any]:
+        return lambda folder: (folder / "weights").write_text(text)
+
+    def dies(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise OSError("disk full")
+
+    keep_best(tmp_path, export("first"), 4)
+    with pytest.raises(OSError, match="disk full"):
+        keep_best(tmp_path, dies, 8)
+    assert (tmp_path / "best" / "weights").read_text() == "first"
+
+    # As a run leaves it that is killed between the two renames.
+    (tmp_path / "best").rename(tmp_path / ".best-before")
+    with pytest.raises(OSError, match="disk full"):
+        keep_best(tmp_path, dies, 8)
+    assert (tmp_path / "best" / "weights").read_text() == "first"
+
+    keep_best(tmp_path, export("second"), 8)
+    assert (tmp_path / "best" / "weights").read_text() == "second"
+    assert json.loads((tmp_path / "best" / "step.json").read_text()) == {"step": 8}
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
