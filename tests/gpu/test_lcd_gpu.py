@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,14 @@ import torch
 
 from diffalign.trainers.lcd import LCDConfig, LCDTrainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (set CUDA_VISIBLE_DEVICES)"),
-]
-
-
-def trainer(folder: Path, **overrides: Any) -> LCDTrainer[LCDConfig]:
-    settings: dict[str, Any] = {
-        "pretrained_model_name_or_path": "shapes-sdxl",
-        "dataset_name": "shapes-pairs",
-        "max_train_samples": 64,
-        "cache_dir": str(folder / "cache"),
-        "output_dir": str(folder / "run"),
-        "max_train_steps": 4,
-        "train_batch_size": 8,
-        "rank": 4,
-        "w_min": 2.0,
-        "w_max": 4.0,
-        "report_to": ["none"],
-    }
-    return LCDTrainer(LCDConfig(**{**settings, **overrides}))
-
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"train_mode": "full", "unet_time_cond_proj_dim": 256}])
-def test_half_precision_trains_with_losses_in_float32(tmp_path: Path, precision: str, options: dict[str, Any]) -> None:
-    run = trainer(tmp_path, mixed_precision=precision, learning_rate=1e-4, **options)
+def test_half_precision_trains_with_losses_in_float32(
+    on_pairs: Callable[..., dict[str, Any]], tmp_path: Path, precision: str, options: dict[str, Any]
+) -> None:
+    own = {"rank": 4, "w_min": 2.0, "w_max": 4.0, "learning_rate": 1e-4, "mixed_precision": precision, **options}
+    run = LCDTrainer(LCDConfig(**on_pairs(tmp_path, **own)))
     batch = next(run.batches.stream(0, 1))
     with run.accelerator.autocast():
         distilled = run.distil(batch)

@@ -8,11 +8,6 @@ import torch
 from diffalign.rewards import CachedReward, RewardError, ScoreCache, load_reward, load_rewards
 from diffalign.rewards.base import FunctionReward
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (set CUDA_VISIBLE_DEVICES)"),
-]
-
 
 def images(count: int = 6) -> torch.Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))

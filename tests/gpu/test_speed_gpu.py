@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,27 +17,15 @@ import torch
 from diffalign.pipelines import load_family
 from diffalign.trainers.dpo import DPOConfig, DPOTrainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (set CUDA_VISIBLE_DEVICES)"),
-]
-
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
-def trainer(folder: Path, **overrides: Any) -> DPOTrainer:
-    settings: dict[str, Any] = {
-        "pretrained_model_name_or_path": "shapes-sdxl",
-        "dataset_name": "shapes-pairs",
-        "max_train_samples": 64,
-        "cache_dir": str(folder / "cache"),
-        "output_dir": str(folder / "run"),
-        "max_train_steps": 4,
-        "train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "report_to": ["none"],
-    }
-    return DPOTrainer(DPOConfig(**{**settings, **overrides}))
+Make = Callable[..., DPOTrainer]
+
+
+@pytest.fixture
+def trainer(on_pairs: Callable[..., dict[str, Any]]) -> Make:
+    return lambda folder, **own: DPOTrainer(DPOConfig(**on_pairs(folder, **own)))
 
 
 def losses(made: DPOTrainer) -> list[float]:
@@ -55,13 +43,15 @@ def losses(made: DPOTrainer) -> list[float]:
     ],
     ids=lambda options: "-".join(options),
 )
-def test_in_bf16_policy_and_reference_are_equal_before_training(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_in_bf16_policy_and_reference_are_equal_before_training(
+    trainer: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
     table = losses(trainer(tmp_path, mixed_precision="bf16", beta_dpo=5000, **options))
     assert table[0] == pytest.approx(0.6931472, abs=1e-6)
     assert table[-1] != table[0]
 
 
-def test_adamw_is_one_kernel_except_in_fp16(tmp_path: Path) -> None:
+def test_adamw_is_one_kernel_except_in_fp16(trainer: Make, tmp_path: Path) -> None:
     fused = trainer(tmp_path / "bf16", mixed_precision="bf16").optimizer.optimizer.defaults["fused"]
     plain = trainer(tmp_path / "fp16", mixed_precision="fp16").optimizer.optimizer.defaults["fused"]
     assert fused and not plain
@@ -85,7 +75,7 @@ def test_idle_parts_leave_the_card_and_come_back() -> None:
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_base_trains(tmp_path: Path, bits: str) -> None:
+def test_a_quantised_base_trains(trainer: Make, tmp_path: Path, bits: str) -> None:
     pytest.importorskip("bitsandbytes")
     table = losses(trainer(tmp_path, mixed_precision="bf16", quantize_base=bits))
     assert table[0] == pytest.approx(0.6931472, abs=1e-3) and len(set(table)) > 2
