@@ -10,14 +10,15 @@ and differs only in the two numbers (s_i, c_i) of each step:
 =============  ==================================================================  ==================================
 sampler        s_i                                                                 c_i
 =============  ==================================================================  ==================================
-ddim           eta (sigma_{i+1} / sigma_i) sqrt(1 - alpha_i^2 / alpha_{i+1}^2)     sqrt(sigma_{i+1}^2 - s_i^2)
+ddim           eta (sigma_{i+1} / sigma_i) sqrt(sigma_i^2 - r_i^2 sigma_{i+1}^2)   sqrt(sigma_{i+1}^2 - s_i^2)
 cps            sigma_{i+1} sin(eta pi / 2)                                         sqrt(sigma_{i+1}^2 - s_i^2)
 flow_sde       eta sqrt(sigma_i / (1 - sigma_i)) sqrt(sigma_i - sigma_{i+1})       sigma_{i+1} - s_i^2 / (2 sigma_i)
 dance          eta sqrt(sigma_i - sigma_{i+1})                                     sigma_{i+1} - s_i^2 / (2 sigma_i)
 lcm            sigma_{i+1}                                                         0
 =============  ==================================================================  ==================================
 
-ddim: Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; eta 0 is the probability-flow ODE (Euler, for a flow).
+ddim: Song et al. 2021, arXiv 2010.02502, eq. 12 and 16, with r_i = alpha_i / alpha_{i+1}; where alpha^2 + sigma^2 = 1
+the root is their sqrt(1 - r_i^2). eta 0 is the probability-flow ODE (Euler, for a flow), eta 1 the posterior of x_{i+1}.
 cps: Flow-CPS, arXiv 2509.05952; it keeps the level of noise, not the distribution. flow_sde: Flow-GRPO, Liu et al.
 2025, arXiv 2505.05470, with sigma_1 for the sigma_0 = 1 that would divide by zero, as its authors run it. dance:
 DanceGRPO, arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378, for consistency models: its ``x_0`` is their f,
@@ -204,7 +205,7 @@ def coefficients(sampler: SamplerName, alpha: Tensor, sigma: Tensor, eta: float)
     """(s_i, c_i) of each step, (N,) and (N,) float64, of levels (N + 1,): the table of this module."""
     (a, a_next), (s, s_next) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
     if sampler == "ddim":
-        std = eta * s_next / s * (1 - (a / a_next) ** 2).clamp(min=0).sqrt()
+        std = eta * s_next / s * (s**2 - (a / a_next * s_next) ** 2).clamp(min=0).sqrt()
     elif sampler == "cps":
         std = s_next * math.sin(eta * math.pi / 2)
     elif sampler == "lcm":

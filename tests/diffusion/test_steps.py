@@ -163,6 +163,17 @@ def test_kl_of_equal_steps_is_zero_and_grows_with_their_distance() -> None:
     assert here.kl(there).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("config", [SD, FLOW])
+def test_ddim_at_eta_1_draws_from_the_posterior(config: dict[str, Any]) -> None:
+    """q(x' | x, x_0) by Bayes: the prior of x' at its level times the likelihood of x given x'."""
+    steps = make_steps(from_scheduler_config(config), config, 12, eta=1.0)
+    for i in steps.stochastic[1:]:
+        (a, a_next), (s, s_next) = (steps.alpha[i], steps.alpha[i + 1]), (steps.sigma[i], steps.sigma[i + 1])
+        ratio = a / a_next
+        precision = 1 / s_next**2 + ratio**2 / (s**2 - (ratio * s_next) ** 2)
+        assert steps.std[i].item() == pytest.approx(float(precision**-0.5), rel=1e-9)
+
+
 def test_what_cannot_be_sampled_is_refused() -> None:
     process = from_scheduler_config(SD)
     with pytest.raises(UserError, match="Did you mean 'ddim'"):
