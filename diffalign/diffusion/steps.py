@@ -18,7 +18,7 @@ lcm            sigma_{i+1}                                                      
 =============  ==================================================================  ==================================
 
 ddim: Song et al. 2021, arXiv 2010.02502, eq. 12 and 16, with r_i = alpha_i / alpha_{i+1}; where alpha^2 + sigma^2 = 1
-the root is their sqrt(1 - r_i^2). eta 0 is the probability-flow ODE (Euler, for a flow), eta 1 the posterior of x_{i+1}.
+the root is their sqrt(1 - r_i^2). eta 0 is the probability-flow ODE (Euler, for a flow), eta 1 the posterior.
 cps: Flow-CPS, arXiv 2509.05952; it keeps the level of noise, not the distribution. flow_sde: Flow-GRPO, Liu et al.
 2025, arXiv 2505.05470, with sigma_1 for the sigma_0 = 1 that would divide by zero, as its authors run it. dance:
 DanceGRPO, arXiv 2505.07818. lcm: Luo et al. 2023, arXiv 2310.04378, for consistency models: its ``x_0`` is their f,
