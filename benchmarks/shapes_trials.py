@@ -3,11 +3,13 @@
 
     python benchmarks/shapes_trials.py shapes-mapo --set beta_mapo=0.1 mapo_temperature=1000 learning_rate=1e-3
     python benchmarks/shapes_trials.py shapes-dpo --guidance 2 5
-    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm:original_inference_steps=20 --steps 4 --guidance 1
+    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm:original_inference_steps=20 --steps 2 4 --guidance 1
+    python benchmarks/shapes_trials.py shapes-ddpo --scheduler ddpm ddim --steps 10 25 --guidance 1
     python benchmarks/shapes_trials.py shapes-mapo --set mapo_temperature=1000 --margins 640
 
 Trains a recipe with other settings, draws 256 captions with the base model and with the result at each guidance
 scale, same seeds, and prints the win rate against the base at the same scale, with the same sampler and steps.
+Several samplers and several numbers of steps go in pairs, or one of them with each of the other.
 Held-out captions are not touched: methods on rewards judge themselves by captions of the training split, too.
 ``--margins`` trains nothing: it prints how a pair loss's ``margin`` is spread over so many single pairs before the
 first step.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import yaml
 
 from diffalign.config import from_dict, load_yaml
 from diffalign.evaluation import shapes
+from diffalign.evaluation.stats import paired_difference
 from diffalign.recipes import find
 from diffalign.shapes.scene import sample_captions
 from diffalign.trainers import load_method
@@ -59,22 +62,35 @@ def margins(recipe: str, settings: list[str], pairs: int) -> None:
     print(f"margin of {pairs} pairs: mean {values.mean():.3f}, deviation {values.std():.3f}, beyond 3: {far:.3f}")
 
 
-def trial(recipe: str, settings: list[str], scales: list[float], scheduler: str | None) -> None:
-    """Train, draw, judge, print."""
+def trial(recipe: str, settings: list[str], scales: list[float], ways: list[tuple[str | None, int]]) -> None:
+    """Train, draw in each way (sampler and steps) at each scale, judge, print."""
     prompts = captions()
     with tempfile.TemporaryDirectory() as folder:
         make(recipe, settings, Path(folder), {}).train()
-        for scale in scales:
-            shapes.GUIDANCE = scale
+        for scale, (scheduler, steps) in product(scales, ways):
+            drawn = {"scheduler": scheduler, "steps": steps, "guidance": scale, "batch_size": 64}
             base, own = (
-                shapes.judge(shapes.draw(prompts, lora=lora, scheduler=scheduler, batch_size=64), prompts)
-                for lora in (None, Path(folder))
+                shapes.judge(shapes.draw(prompts, lora=lora, **drawn), prompts) for lora in (None, Path(folder))
             )
             rates = ", ".join(
                 f"{name} {r.rate:.3f} [{r.low:.3f}, {r.high:.3f}]" for name, r in shapes.compare(own, base).items()
             )
-            scores = f"{base.checker.mean():.3f} -> {own.checker.mean():.3f}"
-            print(f"{recipe} {' '.join(settings)} at guidance {scale:g}: checker {scores}; win rate by {rates}")
+            change = paired_difference(own.checker, base.checker)
+            how = f"guidance {scale:g}, {scheduler or 'own sampler'} in {steps} steps"
+            print(
+                f"{recipe} {' '.join(settings)} at {how}: checker {base.checker.mean():.3f} -> "
+                f"{own.checker.mean():.3f}, by {change.mean:.3f} [{change.low:.3f}, {change.high:.3f}]; "
+                f"win rate by {rates}"
+            )
+
+
+def ways_of(schedulers: list[str | None], steps: list[int]) -> list[tuple[str | None, int]]:
+    """Samplers with their steps: paired, or one with each of the others."""
+    if len(schedulers) == len(steps):
+        return list(zip(schedulers, steps, strict=True))
+    if 1 not in (len(schedulers), len(steps)):
+        raise SystemExit(f"{len(schedulers)} samplers and {len(steps)} numbers of steps: as many, or one of either")
+    return list(product(schedulers, steps))
 
 
 def main() -> None:
@@ -82,8 +98,8 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--guidance", nargs="+", type=float, default=[shapes.GUIDANCE])
-    parser.add_argument("--scheduler", help="lcm, ddim, ..., with options; default: the model's own")
-    parser.add_argument("--steps", type=int, default=shapes.STEPS)
+    parser.add_argument("--scheduler", nargs="+", help="lcm, ddim, ..., with options; default: the model's own")
+    parser.add_argument("--steps", nargs="+", type=int, default=[shapes.STEPS])
     parser.add_argument("--margins", type=int, metavar="PAIRS")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -91,8 +107,7 @@ def main() -> None:
     if args.margins:
         margins(args.recipe, args.set, args.margins)
     else:
-        shapes.STEPS = args.steps
-        trial(args.recipe, args.set, args.guidance, args.scheduler)
+        trial(args.recipe, args.set, args.guidance, ways_of(args.scheduler or [None], args.steps))
 
 
 if __name__ == "__main__":
