@@ -52,7 +52,7 @@ def methods_table(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {label(r)} | {r['seed']} | {r['base_checker_score']:.3f} | {r['checker_score']:.3f} | "
             f"{interval(r['win_rate_checker'])} | {interval(r['win_rate_annotator'])} | {r['steps']} | "
-            f"{r['policy_forward_passes']:,} | {r['peak_memory_mib']:,} MiB |"
+            f"{r['policy_forward_passes']:,} | {memory_of([r])} |"
         )
     lines += [
         "",
@@ -66,15 +66,20 @@ def methods_table(records: list[dict[str, Any]]) -> str:
 
 
 def commands(records: list[dict[str, Any]]) -> list[str]:
-    """What to run for the records, a line for each set of pairs and other settings."""
+    """What to run for the records, a line for each set of pairs, of other settings and of runs trained before."""
+
+    def kind(record: dict[str, Any]) -> tuple[str, str, str]:
+        return data_of(record), flags_of(record), str(record.get("trained", ""))
+
     lines = []
-    for data, flags in sorted({(data_of(r), flags_of(r)) for r in records}):
-        own = [r for r in records if (data_of(r), flags_of(r)) == (data, flags)]
+    for data, flags, trained in sorted(set(map(kind, records))):
+        own = [r for r in records if kind(r) == (data, flags, trained)]
         methods = " ".join(dict.fromkeys(r["method"] for r in own))
         seeds = " ".join(str(s) for s in sorted({r["seed"] for r in own}))
         lines.append(
             f"python benchmarks/shapes_methods.py --methods {methods} --seeds {seeds} "
-            + ("" if data == "shapes-pairs" else f"--dataset_name {data} ")
+            + ("" if data in ("shapes-pairs", "shapes-train") else f"--dataset_name {data} ")
+            + (f"--trained '{trained}' " if trained else "")
             + "--out benchmarks/results/shapes_methods.json"
             + (f" {flags}" if flags else "")
         )
@@ -109,13 +114,19 @@ def summary_rows(records: list[dict[str, Any]]) -> list[str]:
                 lambda r: r["win_rate_annotator"][0],
             )
         )
-        memory, passes = (mean(r[name] for r in group) for name in ("peak_memory_mib", "policy_forward_passes"))
+        passes = mean(r["policy_forward_passes"] for r in group)
         step = f"{steps[method]['ratio']:.2f}" if method in steps else ""
         lines.append(
             f"| {' '.join([method, flags]).strip()} | {Path(data).name} | {len(group)} | {checker} | {by_checker} | "
-            f"{by_annotators} | {passes:,.0f} | {step} | {memory:,.0f} MiB |"
+            f"{by_annotators} | {passes:,.0f} | {step} | {memory_of(group)} |"
         )
     return lines
+
+
+def memory_of(records: list[dict[str, Any]]) -> str:
+    """Mean peak memory; empty where the runs were trained within another benchmark, which has its own."""
+    known = [r["peak_memory_mib"] for r in records if "peak_memory_mib" in r]
+    return f"{mean(known):,.0f} MiB" if known else ""
 
 
 def samplings(records: list[dict[str, Any]]) -> str:

@@ -8,7 +8,9 @@ Trains every method with its recipe ``shapes-<method>`` and every seed, in a pro
 prompts with the base model and with the result, and adds one record to the file. A record that is there is kept and
 its run not repeated; ``--again`` repeats it. ``--dataset_name`` trains on other pairs than the recipe's. For methods
 that need captions of single images they are made first. Flags that are not known here go to training; what was
-trained with them has a row of its own. ``python benchmarks/render_results.py`` makes docs/results.md of the file.
+trained with them has a row of its own. Runs that another benchmark trained with the same recipe need not be trained
+again: ``--trained 'runs/shapes_rewards/checker-{method}-{seed}'`` draws and judges those.
+``python benchmarks/render_results.py`` makes docs/results.md of the file.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from diffalign.trainers import load_method
 
 CAPTIONED = {"dcpo"}
 """Methods whose data needs a caption for each image: the checker's description."""
+FREE = {"rewards", "output_dir", "checkpointing_steps", "checkpoints_total_limit"}
+"""Settings of a recipe that may differ in a run that is taken as trained: judges of it, and where things are kept."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_methods"), help="folder of the training runs")
     parser.add_argument("--dataset_name", default="shapes-pairs", help="preferences to train on")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a record")
+    parser.add_argument("--trained", help="folders of runs that are trained already, with {method} and {seed} in it")
     args, more = parser.parse_known_args()
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
@@ -64,7 +69,12 @@ def main() -> None:
         guidance = guidance_of(load_yaml(find(f"shapes-{method}")))
         if guidance not in bases:
             bases[guidance] = base_judgement(prompts, args.runs, guidance)
-        record = measure(method, seed, data, args.runs, prompts, bases[guidance], more)
+        if args.trained:
+            run = Path(args.trained.format(method=method, seed=seed))
+            trained = trained_already(run, method, seed) | {"trained": args.trained}
+        else:
+            run, trained = train(method, seed, data, args.runs, more)
+        record = measure(run, method, seed, data, prompts, bases[guidance], trained)
         records = [r for r in records if key(r) != (method, seed, data, flags)] + [record]
         write(args.out, records)
         print(json.dumps({k: record[k] for k in ("method", "seed", "checker_score", "win_rate_annotator")}))
@@ -113,10 +123,8 @@ def base_judgement(prompts: list[str], runs: Path, guidance: float = GUIDANCE) -
     return base
 
 
-def measure(
-    method: str, seed: int, data: str, runs: Path, prompts: list[str], base: Judgement, more: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Train one method with one seed (``more`` are flags of training), draw, judge; returns the record."""
+def train(method: str, seed: int, data: str, runs: Path, more: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """Train one method with one seed (``more`` are flags of training); returns its folder and what it took."""
     words = [method, *([] if data == "shapes-pairs" else [Path(data).stem]), *(word.strip("-") for word in more)]
     run = runs / "-".join([*words, str(seed)])
     command = [sys.executable, "-m", "diffalign", "train", "--config", f"shapes-{method}"]
@@ -127,7 +135,37 @@ def measure(
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(command)} ended with exit code {code}")
-    seconds = time.monotonic() - start
+    return run, {
+        **({"flags": " ".join(more)} if more else {}),
+        "train_seconds": round(time.monotonic() - start, 1),
+        "peak_memory_mib": round(usage.ru_maxrss / 1024),
+        "command": "diffalign " + " ".join(command[3:]),
+    }
+
+
+def trained_already(run: Path, method: str, seed: int) -> dict[str, Any]:
+    """What a finished run of the method's recipe took, as far as its log tells. Refuses one of other settings."""
+    config, recipe = load_yaml(run / "config.yaml"), load_yaml(find(f"shapes-{method}"))
+    wanted = {n: v for n, v in recipe.items() if n not in FREE} | {"seed": seed}
+    others = [n for n, v in wanted.items() if config.get(n) != v]
+    if others or trained_rewards(config) != trained_rewards(recipe):
+        raise SystemExit(f"{run} was trained with other settings than shapes-{method}: {others or ['rewards']}")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if len(rows) != config["max_train_steps"]:
+        raise SystemExit(f"{run} has {len(rows)} steps of {config['max_train_steps']}")
+    return {"train_seconds": round(sum(row["step_seconds"] for row in rows), 1)}
+
+
+def trained_rewards(config: dict[str, Any]) -> list[str]:
+    """Names of the rewards that are learnt from, without the judges."""
+    entries = [{"reward": r} if isinstance(r, str) else r for r in config.get("rewards") or []]
+    return [entry["reward"] for entry in entries if not entry.get("eval_only")]
+
+
+def measure(
+    run: Path, method: str, seed: int, data: str, prompts: list[str], base: Judgement, trained: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw with a trained run, judge; returns the record, with ``trained`` in it."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     sampling = sampling_of(run)
     aligned = judge(draw(prompts, lora=run, progress=f"{method} {seed}", **sampling), prompts)
@@ -136,7 +174,7 @@ def measure(
         "method": method,
         "seed": seed,
         "data": data,
-        **({"flags": " ".join(more)} if more else {}),
+        **trained,
         "images": len(prompts),
         "sampling": f"{sampling.get('steps', STEPS)} steps, guidance {sampling.get('guidance', GUIDANCE):g}",
         "base_checker_score": round(float(base.checker.mean()), 4),
@@ -146,15 +184,12 @@ def measure(
         **{f"win_rate_{judge_}": [round(x, 4) for x in (r.rate, r.low, r.high)] for judge_, r in rates.items()},
         "steps": len(rows),
         "policy_forward_passes": policy_forward_passes(run, len(rows)),
-        "train_seconds": round(seconds, 1),
         "step_seconds": round(float(np.median([row["step_seconds"] for row in rows])), 4),
-        "peak_memory_mib": round(usage.ru_maxrss / 1024),
         **{
             name: round(float(np.mean([row[name] for row in rows[-50:]])), 4)
             for name in ("implicit_accuracy", "pair_accuracy")
             if name in rows[-1]
         },
-        "command": "diffalign " + " ".join(command[3:]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "versions": {name: version(name) for name in LIBRARIES},
     }
