@@ -13,9 +13,9 @@ hack     the same with DDPO, which has no pull to the reference, judged more oft
 
 A record has the curve of every reward on the run's own held-out prompts (``shapes-validation``), against images drawn
 and against the processor time of its steps, which on one thread is the time that they take on an idle machine; and
-scores of the prompts that results are reported on, drawn by plain diffusers with the base model and with the result. A
-record that is there is kept and its run not repeated; ``--again`` repeats it. ``python benchmarks/render_results.py``
-makes the page and the pictures.
+scores of the prompts that results are reported on, drawn by plain diffusers with the base model and with the result,
+by three samplers. A record that is there is kept and its run not repeated; ``--again`` repeats it.
+``python benchmarks/render_results.py`` makes the page and the pictures.
 """
 
 from __future__ import annotations
@@ -44,8 +44,17 @@ from diffalign.recipes import find
 from diffalign.rewards import load_reward
 from diffalign.trainers import load_method
 
+Scores = dict[str, dict[str, np.ndarray]]
+"""Of each way of drawing and each judge, (prompts,)."""
 METHODS = ("ddpo", "rwr", "awm", "nft", "reward-gradient")
 JUDGES = ("shapes-checker", "shapes-annotator", "jpeg_compressibility", "shapes-clip")
+WAYS = {"ddpm 10": ("ddpm", 10), "ddim 10": ("ddim", 10), "ddim 25": ("ddim", 25)}
+"""Samplers that results are drawn by: with noise, as DDPO's rollouts (ddpm is DDIM with eta 1); without, as those of
+the others; and without in more steps, as the base model is drawn elsewhere."""
+ALL = {"evaluation_eta": 1.0}
+"""What differs from the recipes in all runs: their curves are drawn with noise, as only DDPO's recipe has it."""
+JPEG = {"ddpo": 50, "rwr": 48, "awm": 24, "nft": 24}
+"""Updates with jpeg_compressibility, half as many as the recipes have: it moves sooner."""
 HACK = {"evaluation_steps": 4}
 """What differs from the recipe there: the sooner a run is judged, the sooner it stops."""
 
@@ -71,7 +80,7 @@ def main() -> None:
 
     records: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
     prompts = heldout_prompts(args.images)
-    bases: dict[float, dict[str, np.ndarray]] = {}
+    bases: dict[float, Scores] = {}
     console.set_up()
     for experiment, method, seed in todo(args.experiments, args.methods, args.seeds):
         name = (experiment, method, seed)
@@ -85,7 +94,7 @@ def main() -> None:
         records = sorted([r for r in records if key(r) != name] + [record], key=key)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(records, indent=1) + "\n")
-        print(json.dumps({n: record[n] for n in ("experiment", "method", "seed", "change")}))
+        print(json.dumps({n: record[n] for n in ("experiment", "method", "seed", "change")}), flush=True)
 
 
 def todo(experiments: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, str, int]]:
@@ -121,6 +130,7 @@ def settings_of(experiment: str, method: str, seed: int, runs: Path, more: dict[
     return {
         "rewards": [trained, *({"reward": name, "eval_only": True} for name in judges)],
         **(HACK if experiment == "hack" else {}),
+        **({"max_train_steps": JPEG[recipe], "evaluation_steps": JPEG[recipe] // 6} if experiment == "jpeg" else {}),
         **({"early_stop": True} if stopped else {}),
         "seed": seed,
         "output_dir": str(runs / f"{experiment}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"),
@@ -152,27 +162,26 @@ def measure(
     runs: Path,
     prompts: list[str],
     guidance: float,
-    base: dict[str, np.ndarray],
+    base: Scores,
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """Train one method, draw, judge; returns the record."""
     start = time.process_time()
-    settings = settings_of(experiment, method, seed, runs, more)
+    settings = ALL | settings_of(experiment, method, seed, runs, more)
     run = train(recipe_of(method), settings)
     rows, judged = (
         [json.loads(line) for line in (run / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "heldout.jsonl")
     )
     aligned = score(prompts, run, guidance)
-    changes = {name: paired_difference(aligned[name], base[name]) for name in JUDGES}
     return {
         "experiment": experiment,
         "method": method,
         "seed": seed,
         "trained_reward": trained_reward(experiment, method.partition(",")[0]),
         "curve": curve(rows, judged),
-        "base": {name: round(float(base[name].mean()), 4) for name in JUDGES},
-        "change": {name: [round(x, 4) for x in (d.mean, d.low, d.high)] for name, d in changes.items()},
+        "base": {way: {name: round(float(base[way][name].mean()), 4) for name in JUDGES} for way in WAYS},
+        "change": {way: changes(aligned[way], base[way]) for way in WAYS},
         "heldout_images": len(prompts),
         "guidance": guidance,
         "steps": rows[-1]["step"],
@@ -208,11 +217,21 @@ def curve(rows: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]) -> l
     return points
 
 
-def score(prompts: list[str], run: Path | None, guidance: float) -> dict[str, np.ndarray]:
-    """Scores of every judge of one image a prompt, by the base model or by a run's result, at the run's guidance."""
-    images = draw(prompts, lora=run, guidance=guidance, progress=run.name if run else "base")
-    tensors = torch.stack([to_tensor(image) for image in images])
-    return {name: load_reward(name)(tensors, prompts).rewards.double().numpy() for name in JUDGES}
+def score(prompts: list[str], run: Path | None, guidance: float) -> Scores:
+    """Scores by every judge of one image a prompt, by the base model or by a run's result, drawn in each way."""
+    scores = {}
+    for way, (scheduler, steps) in WAYS.items():
+        label = f"{run.name if run else 'base'} {way}"
+        images = draw(prompts, lora=run, scheduler=scheduler, steps=steps, guidance=guidance, progress=label)
+        tensors = torch.stack([to_tensor(image) for image in images])
+        scores[way] = {name: load_reward(name)(tensors, prompts).rewards.double().numpy() for name in JUDGES}
+    return scores
+
+
+def changes(aligned: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """[mean, low, high] of each judge's paired difference."""
+    found = {name: paired_difference(aligned[name], base[name]) for name in JUDGES}
+    return {name: [round(x, 4) for x in (d.mean, d.low, d.high)] for name, d in found.items()}
 
 
 if __name__ == "__main__":

@@ -72,13 +72,15 @@ class PromptConfig(JudgedConfig):
     )
     resolution: int | None = field(None, help="Side of the images in pixels. Default: the model's own.")
     evaluation_inference_steps: int | None = field(None, help="Sampling steps then. Default: num_inference_steps.")
+    evaluation_eta: float = field(0.0, help="Noise of the DDIM sampler that judges; the same noise each time.")
     evaluation_guidance_scale: float | None = field(None, help="Guidance then. Default: guidance_scale.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rollout_batch_size", "num_inference_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("eta", self.eta >= 0, "0 or more")
+        for name in ("eta", "evaluation_eta"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("guidance_scale", "evaluation_guidance_scale"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")

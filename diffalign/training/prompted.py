@@ -155,7 +155,7 @@ class PromptTrainer(Trainer[Config, Batch], Generic[Config, Batch]):
             config.evaluation_inference_steps or config.num_inference_steps,
             # A consistency model is no denoiser for another sampler.
             "lcm" if config.sampler == "lcm" else "ddim",
-            eta=0.0,
+            eta=config.evaluation_eta,
         )
         with self.policy.ema_weights(), self.policy.evaluating(), self.accelerator.autocast(), torch.no_grad():
             given = self.condition(self.encode([p.text for p in prompts]), scale)
