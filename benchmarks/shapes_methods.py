@@ -39,7 +39,14 @@ from diffalign.trainers import load_method
 
 CAPTIONED = {"dcpo"}
 """Methods whose data needs a caption for each image: the checker's description."""
-FREE = {"rewards", "output_dir", "evaluation_eta", "checkpointing_steps", "checkpoints_total_limit"}
+FREE = {
+    "rewards",
+    "output_dir",
+    "evaluation_eta",
+    "num_heldout_prompts",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+}
 """Settings of a recipe that may differ in a run that is taken as trained: judges of it, and where things are kept."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 

@@ -51,8 +51,9 @@ JUDGES = ("shapes-checker", "shapes-annotator", "jpeg_compressibility", "shapes-
 WAYS = {"ddpm 10": ("ddpm", 10), "ddim 10": ("ddim", 10), "ddim 25": ("ddim", 25)}
 """Samplers that results are drawn by: with noise, as DDPO's rollouts (ddpm is DDIM with eta 1); without, as those of
 the others; and without in more steps, as the base model is drawn elsewhere."""
-ALL = {"evaluation_eta": 1.0}
-"""What differs from the recipes in all runs: their curves are drawn with noise, as only DDPO's recipe has it."""
+ALL = {"evaluation_eta": 1.0, "num_heldout_prompts": 384}
+"""What differs from the recipes in all runs: points of their curves are of more prompts, drawn with noise, as only
+DDPO's recipe has it."""
 JPEG = {"ddpo": 40, "rwr": 40, "awm": 20, "nft": 20}
 """Updates with jpeg_compressibility, 20 rollouts for each: it moves sooner."""
 HACK = {"evaluation_steps": 4, "max_train_steps": 32}
