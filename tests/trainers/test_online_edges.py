@@ -115,6 +115,17 @@ def test_a_few_step_sampler_is_judged_by_itself(online_settings: Settings) -> No
     assert torch.allclose(trainer._draw_heldout(prompts, seeds), trainer.decode(drawn.latents), atol=1e-5)
 
 
+def test_judged_with_noise_it_is_drawn_as_in_rollouts_the_same_each_time(online_settings: Settings) -> None:
+    own = {"eta": 1.0, "evaluation_eta": 1.0, "heldout_prompts": "shapes-heldout", "num_heldout_prompts": 2}
+    trainer = make("ddpo", online_settings(**own))
+    prompts, seeds = trainer.heldout.prompts, [0, 1]
+    given = trainer.condition(trainer.encode([prompt.text for prompt in prompts]))
+    drawn = rollout(trainer.family, trainer.family.denoiser, trainer.steps, given, seeds, trainer.latent_shape)
+    judged = trainer._draw_heldout(prompts, seeds)
+    assert torch.allclose(judged, trainer.decode(drawn.latents), atol=1e-5)
+    assert torch.equal(judged, trainer._draw_heldout(prompts, seeds))
+
+
 @pytest.mark.parametrize("method", ["ddpo", "awm", "nft", "rwr"])
 def test_full_fine_tuning(method: str, online_settings: Settings, tmp_path: Path) -> None:
     own = {"train_mode": "full", "gradient_checkpointing": True, "max_train_steps": 2, "learning_rate": 1e-4}
@@ -178,6 +189,7 @@ def test_prompts_that_a_reward_cannot_judge_are_refused_before_the_model_is_load
         ({"train_text_encoder": True}, "train the denoiser alone"),
         ({"max_train_steps": 3}, "max_train_steps 3 falls within a rollout of 2 steps.*use 4"),
         ({"evaluation_guidance_scale": 0.5}, "evaluation_guidance_scale must be at least 1"),
+        ({"evaluation_eta": -1.0}, "evaluation_eta must be 0 or more"),
         ({"heldout_prompts": "shapes-heldout", "early_stop": True}, "eval_only: true"),
     ],
 )
