@@ -28,6 +28,8 @@ from bench_record import last, table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 Figures = dict[str, float]
+LOOPS = ("dpo", "awm")
+"""Methods whose steps are timed against a bare loop."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def compare(now: Figures, stored: Figures, tolerance: float, bounds: Mapping[str
 
 def loop_over_bare(result: Any) -> Figures:
     """Of ``step_time.py``."""
-    return {"loop over a bare loop": last(result)["ratio_of_pairs_median"]}
+    methods = last(result)["methods"]
+    return {f"loop over a bare loop, {name}": row["ratio_of_turns_median"] for name, row in methods.items()}
 
 
 def over_dpo(result: Any) -> Figures:
@@ -122,11 +125,11 @@ def guards() -> dict[str, Guard]:
     found = {
         "startup": Guard(["startup.py"], over_python, "startup.json", 0.25),
         "step_time": Guard(
-            ["step_time.py", "--steps", "30"],
+            ["step_time.py", "--methods", *LOOPS, "--steps", "30"],
             loop_over_bare,
             "step_time.json",
             0.03,
-            {"loop over a bare loop": 1.05},
+            {f"loop over a bare loop, {name}": 1.05 for name in LOOPS},
         ),
         "method_steps": Guard(
             ["method_steps.py", "--methods", "mapo", "sft", "kto", "--rounds", "10"],
