@@ -24,13 +24,12 @@ sys.exit(max(main(["train", *arguments]) for arguments in json.loads(sys.argv[1]
 """
 
 
-def train(method: str, arguments: list[str], output_dir: Path, processes: int) -> list[dict[str, Any]]:
-    """Run ``diffalign train`` and return its metrics."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launch([*command, "-m", "diffalign", "train", method, *arguments, "--output_dir", str(output_dir)])
-    return metrics(output_dir)
+def train_by_two(folder: Path, runs: list[list[str]]) -> None:
+    """Train each of ``runs``, the words after ``diffalign train``, with two processes."""
+    script = folder / "all.py"
+    script.write_text(ALL_AT_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch([*torchrun, str(script), json.dumps(runs)])
 
 
 def launch(command: list[str]) -> None:
@@ -49,59 +48,56 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [word for name, values in pairs for word in (f"--{name}", *map(str, values))]
 
 
-@pytest.mark.parametrize(
-    ("method", "own", "compared"),
-    [
-        ("dpo", {"beta_dpo": 500}, ("margin", "chosen_error")),
-        # Each image is recomputed within the backward pass, which must count as one for the exchange of gradients.
-        ("dpo", {"beta_dpo": 500, "two_pass_gradient": "true"}, ("margin", "chosen_error")),
-        # kl is estimated on the images of both processes, or the losses would differ from the second step on.
-        ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
-        ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
-        # Through the decoder, whose chunks are decoded again in the backward pass. Very noisy images have no reward,
-        # so the processes ask it about different numbers of them.
-        (
-            "rg_lcd",
-            {"rewards": "shapes-clip", "reward_scale": 0.2, "reward_max_timestep": 599, "decode_batch_size": 1},
-            ("distillation", "reward", "saturated_pixels"),
-        ),
-        # Three of four images teach the proxy, and need not be spread evenly over the processes.
-        (
-            "rg_lcd",
-            {"rewards": "shapes-clip", "proxy": "shapes-clip", "proxy_learning_rate": 1e-5, "proxy_batch_size": 3},
-            ("proxy_reward", "proxy_loss", "proxy_accuracy", "proxy_grad_norm", "reward"),
-        ),
-    ],
-)
-def test_two_gloo_processes_give_the_losses_of_one(
-    tiny_sdxl_path: str,
-    pairs_folder: Path,
-    tmp_path: Path,
-    method: str,
-    own: dict[str, Any],
-    compared: tuple[str, ...],
-) -> None:
-    def arguments(batch: int) -> list[str]:
-        settings: dict[str, Any] = {
+OFFLINE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "dpo": ("dpo", {"beta_dpo": 500}, ("margin", "chosen_error")),
+    # Each image is recomputed within the backward pass, which must count as one for the exchange of gradients.
+    "two passes": ("dpo", {"beta_dpo": 500, "two_pass_gradient": True}, ("margin", "chosen_error")),
+    # kl is estimated on the images of both processes, or the losses would differ from the second step on.
+    "kto": ("kto", {"beta_kto": 100, "kl_ema_decay": 0.5}, ("kl", "liked_gain", "right_side")),
+    "lcd": ("lcd", {"use_ema": True}, ("distillation_noisy", "distance_to_image")),
+    # Through the decoder, whose chunks are decoded again in the backward pass. Very noisy images have no reward,
+    # so the processes ask it about different numbers of them.
+    "rg_lcd": (
+        "rg_lcd",
+        {"rewards": ["shapes-clip"], "reward_scale": 0.2, "reward_max_timestep": 599, "decode_batch_size": 1},
+        ("distillation", "reward", "saturated_pixels"),
+    ),
+    # Three of four images teach the proxy, and need not be spread evenly over the processes.
+    "proxy": (
+        "rg_lcd",
+        {"rewards": ["shapes-clip"], "proxy": "shapes-clip", "proxy_learning_rate": 1e-5, "proxy_batch_size": 3},
+        ("proxy_reward", "proxy_loss", "proxy_accuracy", "proxy_grad_norm", "reward"),
+    ),
+}
+"""Method, settings and metrics to compare, of each case."""
+
+
+def test_two_gloo_processes_give_the_losses_of_one(tiny_sdxl_path: str, pairs_folder: Path, tmp_path: Path) -> None:
+    def settings(case: str, batch: int, folder: str) -> dict[str, Any]:
+        return {
             "pretrained_model_name_or_path": tiny_sdxl_path,
-            "dataset_name": pairs_folder,
-            "cache_dir": tmp_path / f"cache-{batch}",
+            "dataset_name": str(pairs_folder),
+            "cache_dir": str(tmp_path / f"cache-{folder}"),
             "resolution": 16,
             "max_train_steps": 4,
             "train_batch_size": batch,
             "learning_rate": 1e-3,
             "rank": 2,
             "checkpointing_steps": 2,
-            "report_to": "none",
-            **own,
+            "report_to": ["none"],
+            "output_dir": str(tmp_path / folder / case),
+            **OFFLINE[case][1],
         }
-        return words(settings)
 
-    one = train(method, arguments(4), tmp_path / "one", 1)
-    two = train(method, arguments(2), tmp_path / "two", 2)
-    assert len({row["loss"] for row in one}) > 2, "the losses must move, or the comparison shows nothing"
-    for name in ("loss", "grad_norm", *compared):
-        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), name
+    for case, (method, _, _) in OFFLINE.items():
+        config_class, trainer_class = load_method(method)
+        trainer_class(config_class(**settings(case, 4, "one"))).train()
+    train_by_two(tmp_path, [[OFFLINE[case][0], *words(settings(case, 2, "two"))] for case in OFFLINE])
+    for case, (_, _, compared) in OFFLINE.items():
+        one, two = (metrics(tmp_path / folder / case) for folder in ("one", "two"))
+        assert len({row["loss"] for row in one}) > 2, f"{case}: the losses must move, or the comparison shows nothing"
+        for name in ("loss", "grad_norm", *compared):
+            assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), (case, name)
 
 
 ONLINE: dict[str, dict[str, Any]] = {
@@ -136,11 +132,7 @@ def test_two_gloo_processes_learn_from_rewards_as_one(
     for method in ONLINE:
         config_class, trainer_class = load_method(method)
         trainer_class(config_class(**settings(method, 4, "one"))).train()
-    runs = [[method, *words(settings(method, 2, "two"))] for method in ONLINE]
-    script = tmp_path / "all.py"
-    script.write_text(ALL_AT_ONCE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch([*torchrun, str(script), json.dumps(runs)])
+    train_by_two(tmp_path, [[method, *words(settings(method, 2, "two"))] for method in ONLINE])
     timed = ("seconds", "per_second")
     for method in ONLINE:
         one, two = (metrics(tmp_path / folder / method) for folder in ("one", "two"))
