@@ -9,7 +9,7 @@ Three experiments, each a training run with the recipe ``shapes-<method>``:
 checker  the reward is the checker (of reward-gradient, which needs a gradient, the bundled CLIP); the checker and the
          annotators judge
 jpeg     the reward is jpeg_compressibility, for DDPO and AWM; the checker judges
-hack     the same with DDPO, which has no pull to the reference, judged more often, with and without the early stop
+hack     the same with DDPO, which has no pull to the reference, judged more often, with the early stop
 
 A record has the curve of every reward on the run's own held-out prompts (``shapes-validation``), against images drawn
 and against the processor time of its steps, which on one thread is the time that they take on an idle machine; and
@@ -56,8 +56,8 @@ ALL = {"evaluation_eta": 1.0, "num_heldout_prompts": 384}
 DDPO's recipe has it."""
 JPEG = {"ddpo": 40, "awm": 20}
 """Updates with jpeg_compressibility, 20 rollouts for each: it moves sooner."""
-HACK = {"evaluation_steps": 4, "max_train_steps": 32}
-"""What differs from the recipe there: the sooner a run is judged, the sooner it stops, and few updates will do."""
+HACK = {"evaluation_steps": 4, "early_stop": True}
+"""What differs from the jpeg runs there: the sooner a run is judged, the sooner it stops."""
 
 
 def main() -> None:
@@ -102,8 +102,8 @@ def todo(experiments: Sequence[str], methods: Sequence[str], seeds: Sequence[int
     """The runs: all of seed 0 first."""
     runs = [(e, m, s) for s in seeds for e in experiments if e != "hack" for m in methods]
     runs = [(e, m, s) for e, m, s in runs if e != "jpeg" or m in JPEG]
-    hacks = [("hack", m, s) for s in seeds for m in ("ddpo", "ddpo, stopped early")]
-    return sorted(runs + (hacks if "hack" in experiments else []), key=lambda run: run[2])
+    hacks = [("hack", "ddpo, stopped early", s) for s in seeds if "hack" in experiments]
+    return sorted(runs + hacks, key=lambda run: run[2])
 
 
 def key(record: dict[str, Any]) -> tuple[str, str, int]:
@@ -125,14 +125,15 @@ def trained_reward(experiment: str, method: str) -> str:
 
 def settings_of(experiment: str, method: str, seed: int, runs: Path, more: dict[str, Any]) -> dict[str, Any]:
     """What is trained, and how, beside what the recipe says."""
-    recipe, _, stopped = method.partition(", ")
+    recipe = method.partition(", ")[0]
     trained = trained_reward(experiment, recipe)
     judges = [name for name in JUDGES if name != trained] if experiment != "hack" else ["shapes-checker"]
     return {
         "rewards": [trained, *({"reward": name, "eval_only": True} for name in judges)],
+        **(
+            {} if experiment == "checker" else {"max_train_steps": JPEG[recipe], "evaluation_steps": JPEG[recipe] // 6}
+        ),
         **(HACK if experiment == "hack" else {}),
-        **({"max_train_steps": JPEG[recipe], "evaluation_steps": JPEG[recipe] // 6} if experiment == "jpeg" else {}),
-        **({"early_stop": True} if stopped else {}),
         "seed": seed,
         "output_dir": str(runs / f"{experiment}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"),
         **more,

@@ -253,6 +253,8 @@ def _describe_component(mask: Mask, pixels: Floats, ground: Floats) -> Found:
     direction = _SEEN @ (rgb - ground)
     coverage = np.clip((pixels[box] - ground) @ direction / max(float(direction @ (rgb - ground)), 1.0), 0, 1)
     coverage *= ndimage.binary_dilation(mask[box])
+    if not coverage.any():  # Lighter and darker than the ground, and the ground's colour in the middle: noise.
+        coverage = mask[box].astype(np.float32)
     ys = np.arange(box[0].start, box[0].stop, dtype=np.float32) + np.float32(0.5)
     xs = np.arange(box[1].start, box[1].stop, dtype=np.float32) + np.float32(0.5)
     area = float(coverage.sum())

@@ -81,6 +81,14 @@ def test_what_is_not_of_the_world_is_not_named() -> None:
     assert [(found.shape, found.color) for found in reading.things] == [(None, None)]
 
 
+def test_noise_around_the_colour_of_the_ground_is_read_without_a_colour() -> None:
+    picture = np.full((64, 64, 3), 128, np.uint8)
+    rows, columns = np.indices((12, 12))
+    picture[20:32, 20:32] = np.where((rows + columns) % 2, 68, 188)[..., None]
+    assert [thing.color for thing in checker.read(picture).things] == [None]
+    assert checker.score(picture, "a small red circle on a gray background") < 1
+
+
 def test_describe_states_what_render_drew() -> None:
     rng = np.random.default_rng(5)
     for _ in range(50):
