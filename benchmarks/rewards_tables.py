@@ -36,9 +36,9 @@ def rewards_tables(records: list[Record]) -> str:
         group = [r for r in records if r["experiment"] == experiment]
         if group:
             lines += ["", *learned(experiment, reward, group)]
-    hacks = [r for r in records if r["experiment"] == "hack"]
-    if hacks:
-        lines += ["", *hack(hacks)]
+    if any(r["experiment"] == "hack" for r in records):
+        whole = [r for r in records if (r["experiment"], r["method"]) == ("jpeg", "ddpo")]
+        lines += ["", *hack([*whole, *(r for r in records if r["experiment"] == "hack")])]
     first = records[0]
     lines += [
         "",
@@ -175,8 +175,11 @@ def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | No
 def hack(records: Sequence[Record]) -> list[str]:
     """What the judge says while a proxy is over-optimised, and where the early stop ends it."""
     lines = [
-        "A proxy over-optimised: DDPO on `jpeg_compressibility`, without a pull to the reference. Held-out means at "
-        "the start, at the step the checker likes best (`best/`), and at the end.",
+        "### A reward hacked",
+        "",
+        "DDPO on `jpeg_compressibility`, without a pull to the reference: the run above, and one that the checker "
+        "judges every 4 steps and may stop. Held-out means at the start, at the step that the judges like best "
+        "(`best/`), and at the end.",
         "",
         "| run | seed | best step | last step | jpeg, kB: start | best | end | checker: start | best | end |",
         "|---|---|---|---|---|---|---|---|---|---|",
