@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -114,6 +114,19 @@ def test_every_ddim_step_is_that_of_diffusers(prediction_type: str, spacing: str
     for i, t in enumerate(scheduler.timesteps):
         theirs = scheduler.step(pred, t, x, eta=eta, variance_noise=noise, return_dict=False)[0]
         assert torch.allclose(steps.step(pred, x, torch.tensor([i])).sample(noise), theirs, atol=2e-5)
+
+
+def test_eta_1_is_the_ddpm_scheduler_of_diffusers() -> None:
+    config = {"beta_schedule": "linear", "timestep_spacing": "trailing", "clip_sample": False}
+    steps = make_steps(from_scheduler_config(config), config, 10, "ddim", eta=1.0)
+    scheduler = DDPMScheduler.from_config(config)
+    scheduler.set_timesteps(10)
+    x, prediction = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        step = steps.step(prediction, x, torch.tensor([i]))
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
+        theirs = scheduler.step(prediction, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+        assert torch.allclose(step.sample(noise), theirs, atol=1e-4)
 
 
 def test_a_flow_without_noise_is_the_euler_step_of_diffusers() -> None:
