@@ -147,18 +147,23 @@ def picture(experiment: str, reward: str, records: Sequence[Record]) -> list[str
 
 def equal_reward(records: Sequence[Record], reward: str) -> list[str]:
     """How many images each method needs for what all of AWM and DDPO reach."""
-    groups = {m: line(g, "images", reward) for m, g in by_method(records).items()}
-    if not {"awm", "ddpo"} <= set(groups):
+    methods = by_method(records)
+    if not {"awm", "ddpo"} <= set(methods):
         return []
-    level = min(max(groups[m].mean) for m in ("awm", "ddpo"))
-    need = {m: crossing(groups[m].x, groups[m].mean, level) for m in groups}
-    awm, ddpo = need["awm"], need["ddpo"]
+    drawn, timed = ({m: line(g, x, reward) for m, g in methods.items()} for x in ("images", "seconds"))
+    level = min(max(drawn[m].mean) for m in ("awm", "ddpo"))
+    need = {m: crossing(curve.x, curve.mean, level) for m, curve in drawn.items()}
+    seconds = {m: crossing(timed[m].x, timed[m].mean, level) for m in ("awm", "ddpo")}
     told = ", ".join(f"{m} {n:,.0f}" if n is not None else f"{m} never" for m, n in need.items())
-    ratio = f" DDPO / AWM: {ddpo / awm:.2f}." if awm and ddpo else ""
-    return [
-        f"Images drawn until the mean over the seeds is at {level:.4g}, the lower of the best of AWM and DDPO: "
-        f"{told}.{ratio}"
-    ]
+    text = (
+        "Images drawn until the mean over the seeds of the curves, whose points are drawn with noise, is at "
+        f"{level:.4g}, the lower of the best of AWM and DDPO: {told}."
+    )
+    if need["awm"] and need["ddpo"] and seconds["awm"] and seconds["ddpo"]:
+        text += (
+            f" DDPO / AWM: {need['ddpo'] / need['awm']:.2f} in images, {seconds['ddpo'] / seconds['awm']:.2f} in time."
+        )
+    return [text]
 
 
 def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:

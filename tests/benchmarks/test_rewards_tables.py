@@ -59,4 +59,5 @@ def test_images_for_the_same_reward_are_read_off_the_mean_curves(table: Callable
         record("ddpo", 0, 0.1, 0.05, [0.7, 0.7, 0.8]),
         record("rwr", 0, 0.0, -0.05, [0.7, 0.7, 0.7]),
     )
-    assert "at 0.8, the lower of the best of AWM and DDPO: awm 128, ddpo 256, rwr never. DDPO / AWM: 2.00." in text
+    assert "at 0.8, the lower of the best of AWM and DDPO: awm 128, ddpo 256, rwr never." in text
+    assert "DDPO / AWM: 2.00 in images, 2.00 in time." in text
