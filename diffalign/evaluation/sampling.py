@@ -10,6 +10,7 @@ model's arithmetic (on a CPU in float32: single levels of 255, in fewer than one
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,6 +138,12 @@ def prompts_of(config: DrawConfig) -> list[Prompt]:
             "nothing to draw: give --prompts 'a prompt' ... or --prompts_file FILE, such as diffalign-small or "
             "partiprompts:PLACE"
         )
+    for prompt in config.prompts or []:
+        # Training's prompts take a file; here its name would be drawn.
+        if prompt.endswith((".txt", ".jsonl")) and os.path.isfile(prompt):
+            raise UserError(
+                f"--prompts {prompt} is a file, and would be drawn as a prompt: use --prompts_file {prompt}"
+            )
     return read_prompts(source, limit=config.max_prompts)
 
 

@@ -214,6 +214,11 @@ def test_prompt_files(config: SampleConfig, tmp_path: Path) -> None:
     assert [case.prompt for case in cases_of(from_file)] == ["one", "two"]
     heldout = cases_of(changed(config, prompts=None, prompts_file="shapes-heldout", max_prompts=3))
     assert len({case.prompt for case in heldout}) == 3
+    # Training's prompts take a file: here its name must not be drawn in its place.
+    with pytest.raises(UserError, match="use --prompts_file .*p.txt"):
+        cases_of(changed(config, prompts=[str(tmp_path / "p.txt")]))
+    named = cases_of(changed(config, prompts=["no such file.txt"]))
+    assert {case.prompt for case in named} == {"no such file.txt"}
 
 
 @pytest.mark.parametrize(
