@@ -1,4 +1,4 @@
-"""Two processes are one run: the same losses at the same effective batch."""
+"""Several processes are one run: the same losses at the same effective batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ sys.exit(max(main(["train", *arguments]) for arguments in json.loads(sys.argv[1]
 """
 
 
-def train_by_two(folder: Path, runs: list[list[str]]) -> None:
-    """Train each of ``runs``, the words after ``diffalign train``, with two processes."""
+def train_by(processes: int, folder: Path, runs: list[list[str]]) -> None:
+    """Train each of ``runs``, the words after ``diffalign train``, with so many processes."""
     script = folder / "all.py"
     script.write_text(ALL_AT_ONCE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     launch([*torchrun, str(script), json.dumps(runs)])
 
 
@@ -89,14 +89,14 @@ def test_two_gloo_processes_give_the_losses_of_one(tiny_sdxl_path: str, pairs_fo
             **OFFLINE[case][1],
         }
 
-    for case, (method, _, _) in OFFLINE.items():
-        config_class, trainer_class = load_method(method)
+    for case in OFFLINE:
+        config_class, trainer_class = load_method(OFFLINE[case][0])
         trainer_class(config_class(**settings(case, 4, "one"))).train()
-    train_by_two(tmp_path, [[OFFLINE[case][0], *words(settings(case, 2, "two"))] for case in OFFLINE])
-    for case, (_, _, compared) in OFFLINE.items():
+    train_by(2, tmp_path, [[OFFLINE[case][0], *words(settings(case, 2, "two"))] for case in OFFLINE])
+    for case in OFFLINE:
         one, two = (metrics(tmp_path / folder / case) for folder in ("one", "two"))
         assert len({row["loss"] for row in one}) > 2, f"{case}: the losses must move, or the comparison shows nothing"
-        for name in ("loss", "grad_norm", *compared):
+        for name in ("loss", "grad_norm", *OFFLINE[case][2]):
             assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), (case, name)
 
 
@@ -110,13 +110,16 @@ ONLINE: dict[str, dict[str, Any]] = {
 }
 
 
-def test_two_gloo_processes_learn_from_rewards_as_one(
-    online_settings: Callable[..., dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("processes", "methods"), [(2, tuple(ONLINE)), pytest.param(4, ("ddpo", "awm"), marks=pytest.mark.slow)]
+)
+def test_gloo_processes_learn_from_rewards_as_one(
+    processes: int, methods: tuple[str, ...], online_settings: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     def settings(method: str, batch: int, folder: str) -> dict[str, Any]:
         chosen = online_settings(
             rewards=[f"{tmp_path}/rewards.py:Red"],
-            # One prompt: with two processes one has nothing to judge.
+            # One prompt: with several processes all but one have nothing to judge.
             heldout_prompts="shapes-heldout",
             num_heldout_prompts=1,
             evaluation_steps=2,
@@ -129,16 +132,16 @@ def test_two_gloo_processes_learn_from_rewards_as_one(
             chosen["num_heldout_prompts"] = 1
         return {**chosen, **ONLINE[method]}
 
-    for method in ONLINE:
+    for method in methods:
         config_class, trainer_class = load_method(method)
         trainer_class(config_class(**settings(method, 4, "one"))).train()
-    train_by_two(tmp_path, [[method, *words(settings(method, 2, "two"))] for method in ONLINE])
+    train_by(processes, tmp_path, [[method, *words(settings(method, 4 // processes, "many"))] for method in methods])
     timed = ("seconds", "per_second")
-    for method in ONLINE:
-        one, two = (metrics(tmp_path / folder / method) for folder in ("one", "two"))
+    for method in methods:
+        one, many = (metrics(tmp_path / folder / method) for folder in ("one", "many"))
         assert len({row["grad_norm"] for row in one}) > 2, "the runs must move, or the comparison shows nothing"
         for name in one[-1]:
             if not name.endswith(timed):
-                assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=1e-4), (method, name)
-        judged = [(tmp_path / folder / method / "heldout.jsonl").read_text().count("\n") for folder in ("one", "two")]
+                assert [r[name] for r in many] == pytest.approx([r[name] for r in one], abs=1e-4), (method, name)
+        judged = [(tmp_path / folder / method / "heldout.jsonl").read_text().count("\n") for folder in ("one", "many")]
         assert judged == [3, 3]
