@@ -3,7 +3,7 @@
 
     python benchmarks/shapes_trials.py shapes-mapo --set beta_mapo=0.1 mapo_temperature=1000 learning_rate=1e-3
     python benchmarks/shapes_trials.py shapes-dpo --guidance 2 5
-    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm:original_inference_steps=20 --steps 2 4 --guidance 1
+    python benchmarks/shapes_trials.py shapes-lcd --scheduler lcm:original_inference_steps=10 --steps 2 4 --guidance 1
     python benchmarks/shapes_trials.py shapes-ddpo --scheduler ddpm ddim --steps 10 25 --guidance 1
     python benchmarks/shapes_trials.py shapes-mapo --set mapo_temperature=1000 --margins 640
 
