@@ -144,7 +144,7 @@ def estimate_error_table(result: Record) -> str:
         "## Estimates of memory against real passes",
         "",
         "What a forward and backward pass adds to the memory of a process on a CPU, by `diffalign estimate` and "
-        f"measured; at most {result['worst_error']:.0%} off ([what a run will need](estimate.md)).",
+        f"measured; at most {result['worst_error']:.1%} off ([what a run will need](estimate.md)).",
         "",
         markdown(("", "estimated", "measured", "error"), rows),
         "",

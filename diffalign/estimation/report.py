@@ -132,7 +132,7 @@ def _trust(found: Estimate, calibration: Calibration) -> str:
         )
     return (
         "not calibrated on this card: memory is counted from shapes, and was within "
-        f"{calibration.memory_error:.0%} of real passes on a CPU;\ntime assumes "
+        f"{calibration.memory_error:.1%} of real passes on a CPU;\ntime assumes "
         f"{calibration.matmul_efficiency:.0%} of its matrix products and {calibration.bandwidth_efficiency:.0%} of "
         f"its bandwidth, and was {calibration.time_error:.0%} off one published figure (docs/estimate.md).\n"
         "Activations of reward models are not counted."

@@ -73,7 +73,7 @@ def test_the_error_is_stated() -> None:
     plain = load_calibration()
     text = report(made(), plain)
     assert "not calibrated on this card" in text
-    assert f"within {plain.memory_error:.0%}" in text and f"{plain.time_error:.0%} off" in text
+    assert f"within {plain.memory_error:.1%}" in text and f"{plain.time_error:.0%} off" in text
     factors = {"results": 12, "time": 1.3, "time_error": 0.08, "memory": 0.95, "memory_error": 0.03}
     learnt: Calibration = replace(plain, cards={"a card": factors})
     text = report(made(), learnt)
