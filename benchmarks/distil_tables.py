@@ -30,15 +30,15 @@ def distil_tables(result: dict[str, Any]) -> str:
         "",
         f"{result['images']} held-out prompts, one image each, the same seeds for all. The teacher is drawn with "
         f"guidance {result['teacher_guidance']:g}, students by LCMScheduler without. The reward is the bundled CLIP, "
-        "which RG-LCD is trained by, but where its proxy learns the checker. Win rate against the teacher at 50 steps "
-        "by the simulated annotators, ties half. Diversity: distance of 16-pixel thumbnails within a prompt, "
-        f"{images} images of each of {prompts}. Fine power: mean power from 0.25 cycles a pixel on, relative to that "
-        "of true pictures of the prompts. Mean over the seeds, in brackets lowest and highest; time is of one image "
-        "in batches, all samplers taken in turns.",
+        "which RG-LCD is trained by, but where its proxy learns the checker. Win rates by the simulated annotators, "
+        "ties half: against the teacher at 50 steps, and against LCD of the same seed and steps. Diversity: distance "
+        f"of 16-pixel thumbnails within a prompt, {images} images of each of {prompts}. Fine power: mean power from "
+        "0.25 cycles a pixel on, relative to that of true pictures of the prompts. Mean over the seeds, in brackets "
+        "lowest and highest; time is of one image in batches, all samplers taken in turns.",
         "",
-        "| | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | diversity | "
-        "time an image | fine power |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | against LCD | "
+        "diversity | time an image | fine power |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(group, result) for group in grouped(records)),
         *(reference_row(name, found, result) for name, found in result.get("references", {}).items()),
         "",
@@ -71,6 +71,7 @@ def row(group: Sequence[Record], result: dict[str, Any]) -> str:
         str(len(group)) if kind == "student" else "",
         *(over_seeds(group, lambda r, n=name: r[n], digits) for name, digits in SCORES),
         over_seeds(group, lambda r: r["win_rate"][0], 3) if "win_rate" in first else "",
+        over_seeds(group, lambda r: r["win_rate_plain"][0], 3) if "win_rate_plain" in first else "",
         over_seeds(group, lambda r: r["diversity"], 3),
         f"{1000 * seconds:.1f} ms" if seconds else "",
         over_seeds(group, lambda r: r["fine_power"] / true_power(result), 2) if true_power(result) else "",
@@ -84,7 +85,7 @@ SCORES = (("reward", 2), ("checker", 3), ("annotator", 3))
 def reference_row(name: str, found: Record, result: dict[str, Any]) -> str:
     """True pictures: no time and no win rate."""
     scores = [f"{found[score]:.{digits}f}" for score, digits in SCORES]
-    return f"| {name} | | | {' | '.join(scores)} | | | | {found['fine_power'] / true_power(result):.2f} |"
+    return f"| {name} | | | {' | '.join(scores)} | | | | | {found['fine_power'] / true_power(result):.2f} |"
 
 
 def true_power(result: dict[str, Any]) -> float:
@@ -107,14 +108,17 @@ def win_rows(records: Sequence[Record]) -> list[str]:
     if not students:
         return []
     lines = [
-        "Win rate of each run against the teacher at 50 steps, with its 95 % Wilson interval:",
+        "Win rates of each run, against the teacher at 50 steps and against LCD of its seed in as many steps, with "
+        "their 95 % Wilson intervals:",
         "",
-        "| | steps | seed | wins |",
-        "|---|---|---|---|",
+        "| | steps | seed | against the teacher | against LCD |",
+        "|---|---|---|---|---|",
     ]
     for r in students:
-        rate, low, high = r["win_rate"]
-        lines.append(f"| {NAMES[r['name']]} | {r['steps']} | {r['seed']} | {rate:.3f} [{low:.3f}, {high:.3f}] |")
+        wins = (
+            f"{r[n][0]:.3f} [{r[n][1]:.3f}, {r[n][2]:.3f}]" if n in r else "" for n in ("win_rate", "win_rate_plain")
+        )
+        lines.append(f"| {NAMES[r['name']]} | {r['steps']} | {r['seed']} | {' | '.join(wins)} |")
     return lines
 
 

@@ -8,9 +8,10 @@ Students: ``lcd`` (recipe shapes-lcd), ``direct`` (shapes-rg_lcd: the reward thr
 gradient. Each is trained with every seed in a process of its own and drawn in 1, 2, 4 and 8 steps by plain diffusers,
 LCMScheduler, without guidance; the teacher in 25 and 50 steps of its own scheduler with the guidance in the middle of
 what is distilled. All draw the same prompts with the same seeds. A record holds mean reward and scores, the win rate
-against the teacher at 50 steps by the simulated annotators, the diversity of several images a prompt, and the power
-spectrum. Wall time is that of the teacher's and a student's steps taken in turns, in the end. A record that is there
-is kept; a student that is trained already (``--runs``) is not trained again; ``--again`` repeats both.
+by the simulated annotators against the teacher at 50 steps and against plain LCD of the same seed and steps, the
+diversity of several images a prompt, and the power spectrum. Wall time is that of the teacher's and a student's steps
+taken in turns, in the end. A record that is there is kept; a student that is trained already (``--runs``) is not
+trained again; ``--again`` repeats both.
 ``python benchmarks/render_results.py`` makes a table of the file.
 """
 
@@ -60,6 +61,7 @@ STUDENTS: dict[str, tuple[str, list[str]]] = {
         ["--rewards", "shapes-checker", "--expert_scale", "10", "--reward_scale", "0.5"],
     ),
 }
+PLAIN = "lcd"
 STUDENT_STEPS, TEACHER_STEPS = (1, 2, 4, 8), (25, 50)
 BATCH = 32
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -139,10 +141,20 @@ class Bench:
             assert teacher is not None
             rate = win_rate(judged.annotator, np.array(teacher["utilities"]))
             record["win_rate"] = [round(x, 4) for x in (rate.rate, rate.low, rate.high)]
+            record |= self.against_plain(name, seed, steps, judged.annotator)
         kept = [r for r in self.result["records"] if (r["name"], r["seed"], r["steps"]) != (name, seed, steps)]
         self.result["records"] = [*kept, record]
         self.write()
         print(json.dumps({k: record[k] for k in ("name", "seed", "steps", "reward", "checker") if k in record}))
+
+    def against_plain(self, name: str, seed: int | None, steps: int, utilities: np.ndarray) -> dict[str, Any]:
+        """The win rate of a student with a reward against the one without, same seed and steps, if that was drawn."""
+        own, plain = (self.args.runs / f"{n}-{seed}" / f"utilities-{steps}.json" for n in (name, PLAIN))
+        own.write_text(json.dumps(utilities.tolist()))
+        if name == PLAIN or not plain.is_file():
+            return {}
+        rate = win_rate(utilities, np.array(json.loads(plain.read_text())))
+        return {"win_rate_plain": [round(x, 4) for x in (rate.rate, rate.low, rate.high)]}
 
     def pipeline(self, lora: Path | None) -> tuple[DiffusionPipeline, float]:
         """The teacher with its guidance, or a student with LCM's sampler and none."""
