@@ -15,9 +15,9 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "shapes-distil-spec
 NAMES = {
     "teacher": "teacher",
     "lcd": "LCD",
-    "direct": "RG-LCD through the decoder",
-    "proxy": "RG-LCD by proxy",
-    "proxy-checker": "RG-LCD by proxy of the checker",
+    "rg_lcd": "RG-LCD through the decoder",
+    "rg_lcd-proxy": "RG-LCD by proxy",
+    "rg_lcd-checker": "RG-LCD by proxy of the checker",
 }
 
 

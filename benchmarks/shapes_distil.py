@@ -3,16 +3,15 @@
 
     python benchmarks/shapes_distil.py --out benchmarks/results/shapes_distil.json
 
-Students: ``lcd`` (recipe shapes-lcd), ``direct`` (shapes-rg_lcd: the reward through the decoder), ``proxy``
-(shapes-rg_lcd-proxy: by the latent proxy), and ``proxy-checker``, whose proxy learns the checker, a reward without a
-gradient. Each is trained with every seed in a process of its own and drawn in 1, 2, 4 and 8 steps by plain diffusers,
-LCMScheduler, without guidance; the teacher in 25 and 50 steps of its own scheduler with the guidance in the middle of
-what is distilled. All draw the same prompts with the same seeds. A record holds mean reward and scores, the win rate
-by the simulated annotators against the teacher at 50 steps and against plain LCD of the same seed and steps, the
-diversity of several images a prompt, and the power spectrum. Wall time is that of the teacher's and a student's steps
-taken in turns, in the end. A record that is there is kept; a student that is trained already (``--runs``) is not
-trained again; ``--again`` repeats both.
-``python benchmarks/render_results.py`` makes a table of the file.
+Students: ``lcd`` (recipe shapes-lcd), ``rg_lcd`` (shapes-rg_lcd: the reward through the decoder), ``rg_lcd-proxy``
+(by the latent proxy), and ``rg_lcd-checker``, whose proxy learns the checker, a reward without a gradient. Each is
+trained with every seed in a process of its own and drawn in 1, 2, 4 and 8 steps by plain diffusers, LCMScheduler,
+without guidance; the teacher in 25 and 50 steps of its own scheduler with the guidance in the middle of what is
+distilled. All draw the same prompts with the same seeds. A record holds mean reward and scores, the win rate by the
+simulated annotators against the teacher at 50 steps and against plain LCD of the same seed and steps, the diversity
+of several images a prompt, and the power spectrum. Wall time is that of the teacher's and a student's steps taken in
+turns, in the end. A record that is there is kept; a student that is trained already (``--runs``) is not trained
+again; ``--again`` repeats both. ``python benchmarks/render_results.py`` makes a table of the file.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ from diffalign.training.scoring import within_group_distance
 BASE, REWARD = "shapes-sdxl", "shapes-clip"
 STUDENTS: dict[str, tuple[str, list[str]]] = {
     "lcd": ("shapes-lcd", []),
-    "direct": ("shapes-rg_lcd", []),
-    "proxy": ("shapes-rg_lcd-proxy", []),
+    "rg_lcd": ("shapes-rg_lcd", []),
+    "rg_lcd-proxy": ("shapes-rg_lcd-proxy", []),
     # Its unit is a share of facts, a tenth of a logit: so is beta's.
-    "proxy-checker": (
+    "rg_lcd-checker": (
         "shapes-rg_lcd-proxy",
         ["--rewards", "shapes-checker", "--expert_scale", "10", "--reward_scale", "0.5"],
     ),
