@@ -31,14 +31,15 @@ def distil_tables(result: dict[str, Any]) -> str:
         f"{result['images']} held-out prompts, one image each, the same seeds for all. The teacher is drawn with "
         f"guidance {result['teacher_guidance']:g}, students by LCMScheduler without. The reward is the bundled CLIP, "
         "which RG-LCD is trained by, but where its proxy learns the checker. Win rates by the simulated annotators, "
-        "ties half: against the teacher at 50 steps, and against LCD of the same seed and steps. Diversity: distance "
+        "ties half: against the teacher at 50 steps, and against LCD of the same seed, drawn alike. Students start "
+        "at timestep 999, as LCMScheduler does by itself, or at 799. Diversity: distance "
         f"of 16-pixel thumbnails within a prompt, {images} images of each of {prompts}. Fine power: mean power from "
         "0.25 cycles a pixel on, relative to that of true pictures of the prompts. Mean over the seeds, in brackets "
         "lowest and highest; time is of one image in batches, all samplers taken in turns.",
         "",
-        "| | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | against LCD | "
+        "| | from | steps | seeds | reward | checker | annotators | wins against the teacher at 50 | against LCD | "
         "diversity | time an image | fine power |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(group, result) for group in grouped(records)),
         *(reference_row(name, found, result) for name, found in result.get("references", {}).items()),
         "",
@@ -48,7 +49,10 @@ def distil_tables(result: dict[str, Any]) -> str:
         PICTURE.parent.mkdir(exist_ok=True)
         PICTURE.write_text(spectrum_picture(result))
         lines += ["", f"![Power spectra, relative to true pictures](images/{PICTURE.name})", ""]
-        lines += ["Power spectra in 2 steps (the teacher in 50), as powers of ten relative to true pictures.", ""]
+        lines += [
+            "Power spectra in 2 steps from 799 (the teacher in 50), as powers of ten relative to true pictures.",
+            "",
+        ]
     lines += training_rows(records)
     lines += ["", f"```\n{result['command']}\n```", "", f"Machine: {result['machine']}. " + versions(result)]
     return "\n".join(lines) + "\n"
@@ -56,8 +60,16 @@ def distil_tables(result: dict[str, Any]) -> str:
 
 def grouped(records: Sequence[Record]) -> list[list[Record]]:
     """Records of one model and number of steps together, over the seeds, in the order of the page."""
-    keys = sorted({(list(NAMES).index(r["name"]), r["steps"]) for r in records})
-    return [[r for r in records if (list(NAMES).index(r["name"]), r["steps"]) == key] for key in keys]
+
+    def key(r: Record) -> tuple[int, float, int]:
+        return list(NAMES).index(r["name"]), -r["strength"], r["steps"]
+
+    return [[r for r in records if key(r) == wanted] for wanted in sorted(set(map(key, records)))]
+
+
+def start(r: Record) -> str:
+    """The first timestep of a student, "" for the teacher."""
+    return "" if r["name"] == "teacher" else f"{1000 * r['strength'] - 1:.0f}"
 
 
 def row(group: Sequence[Record], result: dict[str, Any]) -> str:
@@ -67,6 +79,7 @@ def row(group: Sequence[Record], result: dict[str, Any]) -> str:
     seconds = result.get("seconds", {}).get(f"{kind} {first['steps']}")
     cells = [
         NAMES[first["name"]],
+        start(first),
         str(first["steps"]),
         str(len(group)) if kind == "student" else "",
         *(over_seeds(group, lambda r, n=name: r[n], digits) for name, digits in SCORES),
@@ -85,7 +98,7 @@ SCORES = (("reward", 2), ("checker", 3), ("annotator", 3))
 def reference_row(name: str, found: Record, result: dict[str, Any]) -> str:
     """True pictures: no time and no win rate."""
     scores = [f"{found[score]:.{digits}f}" for score, digits in SCORES]
-    return f"| {name} | | | {' | '.join(scores)} | | | | | {found['fine_power'] / true_power(result):.2f} |"
+    return f"| {name} | | | | {' | '.join(scores)} | | | | | {found['fine_power'] / true_power(result):.2f} |"
 
 
 def true_power(result: dict[str, Any]) -> float:
@@ -108,17 +121,17 @@ def win_rows(records: Sequence[Record]) -> list[str]:
     if not students:
         return []
     lines = [
-        "Win rates of each run, against the teacher at 50 steps and against LCD of its seed in as many steps, with "
-        "their 95 % Wilson intervals:",
+        "Win rates of each run, against the teacher at 50 steps and against LCD of its seed, drawn alike, with their "
+        "95 % Wilson intervals:",
         "",
-        "| | steps | seed | against the teacher | against LCD |",
-        "|---|---|---|---|---|",
+        "| | from | steps | seed | against the teacher | against LCD |",
+        "|---|---|---|---|---|---|",
     ]
     for r in students:
         wins = (
             f"{r[n][0]:.3f} [{r[n][1]:.3f}, {r[n][2]:.3f}]" if n in r else "" for n in ("win_rate", "win_rate_plain")
         )
-        lines.append(f"| {NAMES[r['name']]} | {r['steps']} | {r['seed']} | {' | '.join(wins)} |")
+        lines.append(f"| {NAMES[r['name']]} | {start(r)} | {r['steps']} | {r['seed']} | {' | '.join(wins)} |")
     return lines
 
 
@@ -155,7 +168,8 @@ def spectrum_picture(result: dict[str, Any]) -> str:
     true = result["references"]["renderings"]["spectrum"]
     chosen: dict[str, list[Record]] = {}
     for r in result["records"]:
-        if (r["name"], r["steps"]) == ("teacher", 50) or (r["name"] != "teacher" and r["steps"] == 2):
+        teacher = r["name"] == "teacher"
+        if r["steps"] == (50 if teacher else 2) and r["strength"] == (1.0 if teacher else 0.8):
             chosen.setdefault(r["name"], []).append(r)
     lines = {}
     for name in [n for n in NAMES if n in chosen]:

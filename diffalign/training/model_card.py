@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffalign.assets import BUNDLED
 from diffalign.config import to_dict
-from diffalign.pipelines.schedulers import make_scheduler
+from diffalign.pipelines.schedulers import make_scheduler, parse_scheduler
 from diffalign.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -126,13 +126,16 @@ def _how_to_use(config: TrainingConfig, output_dir: Path, sampling: Sampling | N
     arguments = repr((config.validation_prompts or ["a photo of a lighthouse at dusk"])[0])
     names = scheduler = ""
     if sampling is not None and sampling.scheduler:
-        kind = type(make_scheduler(sampling.scheduler, {})).__name__
-        options = "".join(f", {name}={value!r}" for name, value in sampling.options.items())
-        names = f", {kind}"
-        scheduler = f"\npipe.scheduler = {kind}.from_config(pipe.scheduler.config{options})"
-        arguments += (
-            f", num_inference_steps={sampling.num_inference_steps}, guidance_scale={sampling.guidance_scale:g}"
-        )
+        kind, named, stepping = parse_scheduler(sampling.scheduler)
+        options = "".join(f", {name}={value!r}" for name, value in {**named, **sampling.options}.items())
+        names = f", {kind.__name__}"
+        scheduler = f"\npipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config{options})"
+        steps = f"num_inference_steps={sampling.num_inference_steps}"
+        if stepping:
+            made: Any = make_scheduler(sampling.scheduler, {}, **sampling.options)
+            made.set_timesteps(sampling.num_inference_steps)
+            steps = f"timesteps={made.timesteps.tolist()}"
+        arguments += f", {steps}, guidance_scale={sampling.guidance_scale:g}"
     return _USE[config.train_mode].format(
         base=base,
         imports=imports,

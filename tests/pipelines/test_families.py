@@ -340,6 +340,28 @@ def test_a_named_scheduler_takes_options() -> None:
             make_scheduler(name, {})
 
 
+def test_a_sampler_with_strength_starts_later_and_draws_as_plain_diffusers_from_these_timesteps(tiny_sdxl_path):
+    family = load_family(tiny_sdxl_path)
+    name = "lcm:original_inference_steps=10:strength=0.8"
+    lcm = make_scheduler(name, family.scheduler_config)
+    lcm.set_timesteps(4)
+    assert lcm.timesteps.tolist() == [799, 599, 399, 199]
+    own = {"prompt": "a red circle", "guidance_scale": 1.0, "output_type": "np"}
+    drawn = []
+    for scheduler, steps in ((name, {"num_inference_steps": 2}), ("lcm", {"timesteps": [799, 399]})):
+        pipe = family.pipeline(scheduler=scheduler)
+        drawn.append(pipe(**own, **steps, generator=torch.Generator().manual_seed(0)).images)
+    assert (drawn[0] == drawn[1]).all()
+    whole = make_scheduler("lcm:strength=1", {})
+    whole.set_timesteps(4)
+    assert whole.timesteps.tolist() == [999, 759, 499, 259]
+    for wrong in ("lcm:strength=0", "lcm:strength=1.5", "lcm:strength=much", "lcm:strength=true"):
+        with pytest.raises(UserError, match="above 0 and at most 1"):
+            make_scheduler(wrong, {})
+    with pytest.raises(UserError, match="no option=value of DDIMScheduler"):
+        make_scheduler("ddim:strength=0.8", {})
+
+
 # Fingerprints
 
 

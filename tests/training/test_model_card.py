@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from diffalign.training.loop import Plan
 from diffalign.training.model_card import write_model_card
+from diffalign.training.validation import Sampling
 
 
 def code(text: str) -> str:
@@ -38,3 +39,13 @@ def test_the_command_for_the_same_run_does_not_resume(toy_config: Any, tmp_path:
     config = toy_config(resume_from_checkpoint="latest")
     text = write_model_card(config, "toy", "@misc{toy}", Plan(10, 2, 6), tmp_path).read_text()
     assert "--resume_from_checkpoint none" in text
+
+
+def test_the_lines_to_copy_draw_as_validation_did(toy_config: Any, tmp_path: Path) -> None:
+    """Options of a named sampler are those of the class, and a later start is spelt out in timesteps."""
+    sampling = Sampling(2, 1.0, "lcm:timestep_scaling=5:strength=0.8", {"original_inference_steps": 10})
+    text = code(
+        write_model_card(toy_config(), "toy", "@misc{toy}", Plan(10, 2, 6), tmp_path, sampling=sampling).read_text()
+    )
+    assert "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=5, original_inference_steps=10)" in text
+    assert "timesteps=[799, 399], guidance_scale=1)" in text and "num_inference_steps" not in text
