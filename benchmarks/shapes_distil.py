@@ -7,12 +7,12 @@ Students: ``lcd`` (recipe shapes-lcd), ``rg_lcd`` (shapes-rg_lcd: the reward thr
 (by the latent proxy), and ``rg_lcd-checker``, whose proxy learns the checker, a reward without a gradient. Each is
 trained with every seed in a process of its own and drawn in 1, 2, 4 and 8 steps by plain diffusers, LCMScheduler,
 without guidance: from timestep 999, as it does by itself, and from 799 (strength 0.8), where an error of the network
-counts 26 times in the predicted image and not 157 times (5 and 15 times on SDXL's schedule). The teacher is drawn in 25
-and 50 steps of its own scheduler with the guidance in the middle of what is distilled. All draw the same prompts with
-the same seeds. A record holds mean reward and scores, the win rate by the simulated annotators against the teacher at
-50 steps and against plain LCD of the same seed, steps and start, the diversity of several images a prompt, and the
-power spectrum. Wall time is that of the teacher's and a student's steps taken in turns, in the end. A record that is
-there is kept; a student that is trained already (``--runs``) is not trained again; ``--again`` repeats both.
+counts 26 times in the predicted image and not 157 times (5 and 15 on SDXL's schedule). The teacher is drawn in 25 and
+50 steps of its own scheduler with the guidance in the middle of what is distilled. All draw the same prompts with the
+same seeds. A record holds mean reward and scores, the win rate by the simulated annotators against the teacher at 50
+steps and against plain LCD of the same seed, steps and start, the diversity of several images a prompt, and the power
+spectrum. Wall time is that of the teacher's and a student's steps taken in turns, in the end. A record that is there
+is kept; a student that is trained already (``--runs``) is not trained again; ``--again`` repeats both.
 ``python benchmarks/render_results.py`` makes a table of the file.
 """
 
