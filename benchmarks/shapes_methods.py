@@ -46,8 +46,9 @@ FREE = {
     "num_heldout_prompts",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "validation_scheduler",
 }
-"""Settings of a recipe that may differ in a run that is taken as trained: judges of it, and where things are kept."""
+"""Settings of a recipe that may differ in a run that is taken as trained: of judging it, and where things are kept."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -174,7 +175,7 @@ def measure(
 ) -> dict[str, Any]:
     """Draw with a trained run, judge; returns the record, with ``trained`` in it."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    sampling = sampling_of(run)
+    sampling = sampling_of(run, method)
     aligned = judge(draw(prompts, lora=run, progress=f"{method} {seed}", **sampling), prompts)
     rates = compare(aligned, base)
     return {
@@ -202,9 +203,10 @@ def measure(
     }
 
 
-def sampling_of(run: Path) -> dict[str, Any]:
-    """How the result is drawn: a distilled one by its own sampler, in its few steps; any other as the base model."""
-    config = load_yaml(run / "config.yaml")
+def sampling_of(run: Path, method: str) -> dict[str, Any]:
+    """How the result is drawn: a distilled one by its recipe's sampler, in few steps; any other as the base model."""
+    config, recipe = load_yaml(run / "config.yaml"), load_yaml(find(f"shapes-{method}"))
+    config |= {"validation_scheduler": recipe.get("validation_scheduler", config.get("validation_scheduler"))}
     if config.get("validation_scheduler") is None:
         return {"guidance": guidance_of(config)}
     return {

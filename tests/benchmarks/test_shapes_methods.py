@@ -46,3 +46,12 @@ def test_a_run_that_is_not_the_recipes_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         script("shapes_methods").trained_already(trained(tmp_path, **own), "awm", 3)
+
+
+def test_a_student_is_drawn_as_its_recipe_says(script: Script, tmp_path: Path) -> None:
+    recipe = load_yaml(find("shapes-lcd"))
+    own = {"validation_scheduler": "lcm", "validation_inference_steps": 4, "validation_guidance_scale": 1.0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | own | {"timestep_scaling_factor": 10.0}))
+    sampling = script("shapes_methods").sampling_of(tmp_path, "lcd")
+    assert sampling["scheduler"] == "lcm:strength=0.8:original_inference_steps=10:timestep_scaling=10"
+    assert (sampling["steps"], sampling["guidance"]) == (4, 1.0)
