@@ -65,7 +65,7 @@ class DrawConfig:
     guidance_scale: float = field(5.0, help="Classifier-free guidance; 1 for none.")
     negative_prompt: str | None = field(None, help="Negative prompt, for all.")
     scheduler: str | None = field(
-        None, help="Sampler: ddim, euler, dpm++, lcm:original_inference_steps=20, ... Default: the model's own."
+        None, help="Sampler: ddim, euler, dpm++, lcm, lcm:strength=0.8, ... Default: the model's own."
     )
     height: int | None = field(None, help="Height in pixels. Default: the model's own.")
     width: int | None = field(None, help="Width in pixels. Default: the model's own.")
