@@ -3,8 +3,8 @@
 
     python benchmarks/distil_step.py --out benchmarks/results/distil_step.json
 
-Ways: ``lcd`` (recipe shapes-lcd), ``direct`` (shapes-rg_lcd) and ``proxy`` (shapes-rg_lcd-proxy), each against its
-loop in ``bare_distil.py`` at the same batch. Steps are taken in turns in one process, so both meet the same machine;
+Ways: ``lcd``, ``rg_lcd`` and ``rg_lcd-proxy``, of the shapes recipes of these names, each against its loop in
+``bare_distil.py`` at the same batch. Steps are taken in turns in one process, so both meet the same machine;
 what is reported of time is the median over rounds of the ratio. Memory is the peak of steps in a process that does
 nothing else: on a CPU what is resident of it, with the libraries. ``python benchmarks/render_results.py`` makes a
 table of the file.
@@ -35,8 +35,8 @@ from diffalign.trainers import load_method
 
 WAYS: dict[str, tuple[str, type[BareLCD]]] = {
     "lcd": ("shapes-lcd", BareLCD),
-    "direct": ("shapes-rg_lcd", BareRGLCD),
-    "proxy": ("shapes-rg_lcd-proxy", BareProxy),
+    "rg_lcd": ("shapes-rg_lcd", BareRGLCD),
+    "rg_lcd-proxy": ("shapes-rg_lcd-proxy", BareProxy),
 }
 SIDES = ("bare", "loop")
 Step = Callable[[], Any]

@@ -35,7 +35,7 @@ def pass_the_clamp(bare: Any) -> None:
     bare.decode = decode
 
 
-@pytest.mark.parametrize("way", ["lcd", "direct", "proxy"])
+@pytest.mark.parametrize("way", ["lcd", "rg_lcd", "rg_lcd-proxy"])
 def test_a_bare_loop_has_the_loss_and_the_gradient_of_the_trainer(
     way: str, distil_step: ModuleType, tmp_path: Path
 ) -> None:
@@ -48,9 +48,9 @@ def test_a_bare_loop_has_the_loss_and_the_gradient_of_the_trainer(
             # Off the start of a LoRA, where student and teacher are one network.
             ours.add_(0.01 * torch.randn(ours.shape, generator=torch.Generator().manual_seed(ours.numel())))
             theirs.copy_(ours)
-    if way == "direct":
+    if way == "rg_lcd":
         pass_the_clamp(bare)
-    if way == "proxy":
+    if way == "rg_lcd-proxy":
         # The patch embedding of latents starts otherwise.
         bare.proxy.load_state_dict(trainer.learner.proxy.clip.state_dict())
     metrics = trainer.training_step(trainer.batches.stream(0, 1))
@@ -61,7 +61,7 @@ def test_a_bare_loop_has_the_loss_and_the_gradient_of_the_trainer(
     assert norm.item() == pytest.approx(metrics["grad_norm"], rel=1e-2)
     if way != "lcd":
         assert abs(metrics["loss"] - metrics["distillation"]) > 0.1, "the reward must count, or nothing is shown of it"
-    if way == "proxy":
+    if way == "rg_lcd-proxy":
         decode = bare.decode
         # Where nothing is differentiated, the trainer's expert is shown pixels of 8 bits, as from a file.
         bare.decode = lambda latents: (255 * decode(latents)).round() / 255

@@ -77,3 +77,12 @@ def test_a_student_with_a_reward_meets_the_plain_one_of_its_seed_and_steps(scrip
     assert bench.against_plain("rg_lcd", 0, 4, 1.0, np.zeros(4)) == {}, "LCD was not drawn in 4 steps"
     assert bench.against_plain("rg_lcd", 0, 2, 0.8, np.zeros(4)) == {}, "LCD was not drawn from there"
     assert bench.against_plain("rg_lcd", 1, 2, 1.0, np.zeros(4)) == {}, "LCD has no such seed"
+
+
+def test_every_way_of_a_step_has_a_name_in_its_table(script: Script) -> None:
+    measured = {"bare_seconds": 1.0, "loop_seconds": 1.1, "ratio": 1.1, "ratio_quartiles": [1.0, 1.2]}
+    peaks = {"bare_peak_mib": 1000, "loop_peak_mib": 1100}
+    about = {"card": "CPU", "machine": "a machine", "versions": {"torch": "1"}, "command": "python a"}
+    ways = dict.fromkeys(script("distil_step").WAYS, measured | peaks)
+    text = script("distil_tables").distil_step_table({"ways": ways, "batch_size": 8, "rounds": 2, **about})
+    assert text.count("1.100 [1.000, 1.200] | 1,000 MiB | 1,100 MiB |") == len(ways) == 3
