@@ -42,7 +42,7 @@ def parse_scheduler(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     whole = name
     name, *listed = whole.split(":")
     kind: Any = getattr(diffusers, NAMES.get(name, name), None)
-    is_scheduler = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
+    is_scheduler = inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and kind is not SchedulerMixin
     if not is_scheduler:
         raise UserError(
             f"scheduler {name!r} is unknown. Use one of {', '.join(NAMES)}, or a scheduler class of diffusers."

@@ -323,7 +323,7 @@ def test_named_schedulers_keep_the_checkpoints_noise_and_never_clip(tiny_sdxl_pa
     for name in NAMES:
         assert type(family.pipeline(scheduler=name).scheduler).__name__ == NAMES[name]
     assert isinstance(make_scheduler("EulerDiscreteScheduler", {}), EulerDiscreteScheduler)
-    for name in ("eular", "AutoencoderKL"):
+    for name in ("eular", "AutoencoderKL", "SchedulerMixin"):
         with pytest.raises(UserError, match="is unknown. Use one of ddim"):
             family.pipeline(scheduler=name)
 
